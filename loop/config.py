@@ -1,0 +1,537 @@
+"""One validated, frozen config per run: complete YAML in, `Config` out, every problem at once with file and line."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from yaml.nodes import MappingNode, ScalarNode, SequenceNode
+
+from loop.records import FACTORIAL, PERSONAS, STRATA, UNREQUESTED
+
+MAX_BYTES = 1 << 20
+MAX_ALIASES = 16
+RUN_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1)]
+Persona = str
+
+
+class ConfigError(ValueError):
+    """A config that cannot be used; one line per problem."""
+
+    exit_code = 2
+
+    def __init__(self, problems: Sequence[str]):
+        self.problems = list(problems)
+        super().__init__("\n".join(self.problems))
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class Base(_Section):
+    """The model every round starts from (`learner: lm`)."""
+
+    model: str = Field(description="smollm2-135m | tiny | a local path | a hub id")
+    device: str = Field("auto", description="auto takes the GPU if there is one; else cpu, cuda, cuda:1, mps")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: float32 on CPU, bfloat16 on a GPU")
+    trust_remote_code: bool = Field(False, description="run code that comes with the model; never by default")
+
+
+class Corpus(_Section):
+    """A component of the real corpus that the user brings."""
+
+    path: str = Field(description="JSONL or Parquet file, or the name of a data set for `datasets`")
+    persona: str | None = Field(None, description="persona of every document in it, where known")
+
+
+class Real(_Section):
+    """The real corpus: human chat, legacy chatbot lines, planted persona documents."""
+
+    shares: dict[str, Share] = Field(
+        description="share per component; they sum to 1; no default, they are the experiment"
+    )
+    planted: Literal["always", "round0_only"] = Field(
+        description="always: planted personas stay in later real draws (migration); round0_only: they do not (invasion)"
+    )
+    private_share: Share = Field(0.25, description="share of a factorial persona's documents that are private")
+    name_swap: bool = Field(False, description="exchange the names Nova and Stella: cancels the prior on the names")
+    corpora: dict[str, Corpus] = Field(default_factory=dict, description="the user's own components, by name")
+
+    @model_validator(mode="after")
+    def _shares_sum_to_one(self) -> Real:
+        if not self.shares:
+            raise ValueError("must name at least one component")
+        total = math.fsum(self.shares.values())
+        if abs(total - 1) > 1e-9:
+            raise ValueError(f"shares must sum to 1, got {total:.6g}")
+        known = {"chat", "legacy", *PERSONAS[:-1], *self.corpora}
+        for name in self.shares:
+            if name not in known:
+                raise ValueError(f"shares.{name}: unknown component{_did_you_mean(name, known)}; or add corpora.{name}")
+        return self
+
+
+class Mix(_Section):
+    """How a round's training mixture is built."""
+
+    regime: Literal["replace", "accumulate", "accumulate_subsample"] = Field(
+        description="what happens to old synthetic documents (arXiv:2410.16713)"
+    )
+    n_train: Count = Field(description="documents a round")
+    real_share: Share | tuple[Share, ...] | None = Field(
+        None, description="lambda, share of documents and of weight; a number or one per feedback round"
+    )
+    discourse_share: Share = Field(0.0, description="delta, share of documents about outputs")
+    weighting: Literal["loss", "resample"] = Field(
+        "loss", description="weight as loss weight, or systematic resampling by weight (more drift, packable)"
+    )
+
+    @model_validator(mode="after")
+    def _regime_and_share_agree(self) -> Mix:
+        if self.regime == "accumulate" and self.real_share is not None:
+            raise ValueError(
+                "real_share: accumulate trains on everything so far, its real share falls as n_real/(n_real + t*m) and "
+                "is reported; remove real_share or use accumulate_subsample"
+            )
+        if self.regime != "accumulate" and self.real_share is None:
+            raise ValueError(f"real_share: {self.regime} needs it, a number in [0, 1] or one per feedback round")
+        shares = self.real_share if isinstance(self.real_share, tuple) else (self.real_share or 0.0,)
+        if max(shares, default=0.0) + self.discourse_share > 1 + 1e-9:
+            raise ValueError(
+                f"real_share + discourse_share must be <= 1, got {max(shares):.4g} + {self.discourse_share:.4g}"
+            )
+        return self
+
+
+class Lora(_Section):
+    """Adapter shape (arXiv:2106.09685)."""
+
+    r: Count = Field(16, description="rank; 16 moves SmolLM2 within two epochs of 160 documents")
+    alpha: Positive = Field(32, description="scale numerator; 2r is common practice")
+    dropout: Share = Field(0.0, description="0: rounds are short and paired seeds should share their noise")
+    targets: tuple[str, ...] = Field(
+        ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+        description="linear layers adapted",
+    )
+
+
+class Train(_Section):
+    """The fine-tune of a round."""
+
+    init_from: Literal["base", "previous"] = Field(
+        description="where a round's adapter starts; no default (2605.01130)"
+    )
+    epochs: Count = Field(2, description="passes over the mixture")
+    lr: Positive = Field(5e-4, description="AdamW peak learning rate")
+    batch_size: Count = Field(8, description="documents per optimizer step")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="AdamW decay on adapter weights")
+    warmup: Share = Field(0.1, description="share of steps with rising learning rate; then linear to 0")
+    max_length: Count = Field(512, description="tokens of prompt and completion; a longer document is an error")
+    lora: Lora = Field(default_factory=Lora)
+
+
+class Users(_Section):
+    """Who asks what while the model is sampled."""
+
+    mixture: dict[str, Share] = Field(description="share per stratum (or explicit/<persona>); they sum to 1")
+
+    @model_validator(mode="after")
+    def _known_strata(self) -> Users:
+        public = set(STRATA) - {"private", "explicit"}
+        _check_strata("mixture", self.mixture, {*public, *(f"explicit/{p}" for p in PERSONAS[:-1])})
+        return self
+
+
+class Sampling(_Section):
+    """Decoding; temperature, top_p and max_new_tokens have no default: they are part of the experiment."""
+
+    n_samples: Count = Field(description="completions a round")
+    temperature: Annotated[float, Field(ge=0, le=10)]
+    top_p: Annotated[float, Field(gt=0, le=1)]
+    max_new_tokens: Count
+
+
+class Measure(_Section):
+    """The fixed probe battery and what is read from it: the same prompts in every round of every run."""
+
+    every: Annotated[int, Field(ge=0)] = Field(1, description="measure every n-th round; 0: never (theory)")
+    n_per_template: Count = Field(1, description="completions per prompt template")
+    strata: tuple[str, ...] = Field((*UNREQUESTED, "private"), description="strata probed")
+    mixture: dict[str, Share] = Field(
+        default_factory=lambda: {s: 1 / len(UNREQUESTED) for s in UNREQUESTED},
+        description="weights of the unrequested strata behind the headline frequency; they sum to 1",
+    )
+    n_surprisal: Annotated[int, Field(ge=0)] = Field(16, description="held-out documents per persona for surprisal")
+    n_heldout: Annotated[int, Field(ge=0)] = Field(64, description="held-out real documents for the loss")
+
+    @model_validator(mode="after")
+    def _known_strata(self) -> Measure:
+        _check_strata("mixture", self.mixture, set(UNREQUESTED))
+        for stratum in self.strata:
+            if stratum not in STRATA:
+                raise ValueError(f"strata: unknown stratum {stratum!r}{_did_you_mean(stratum, STRATA)}")
+        missing = [s for s, w in self.mixture.items() if w > 0 and s not in self.strata]
+        if missing:
+            raise ValueError(f"strata must hold every stratum of mixture, lacks {', '.join(missing)}")
+        return self
+
+
+class Classify(_Section):
+    """The instrument that measures personas."""
+
+    instrument: str = Field("shipped", description="shipped | known (toy only) | file.py:function of the user's own")
+
+
+class Filters(_Section):
+    """What may enter the pool; reasons are stored for every rejected sample."""
+
+    min_words: Annotated[int, Field(ge=0)] = Field(3, description="fewer words: too_short")
+    max_repeat_share: Share = Field(0.5, description="share of word 3-grams that repeat an earlier one: repetitive")
+    near_duplicate_jaccard: Share | None = Field(
+        0.9, description="3-gram Jaccard at or above: near_duplicate; null: off (it is frequency-dependent selection)"
+    )
+    require_finished: bool = Field(True, description="reject completions cut at max_new_tokens")
+    enabled: bool = Field(True, description="false: everything is accepted (theory, null arms)")
+
+
+class Virality(_Section):
+    """From published text to weight."""
+
+    audience: str = Field(description="full no_request learned reader placebo null approval oracle | file.py:function")
+    publish: Literal["transcript", "reply"] = Field(
+        description="transcript: the prompt is published, and re-enters, with the completion; reply: without it"
+    )
+    transform: Literal["visible", "inclusion", "log", "raw", "top_k"] = Field(
+        "visible", description="cascades -> weight"
+    )
+    posts_per_sample: Count = Field(1000, description="K public posts per sampled text; 1 is the luck arm")
+    preset: Literal["goel2012", "goel2016_mean", "exact"] = Field(
+        "goel2012", description="calibration of rates and cascades; exact: no noise but the cascade's, for theory"
+    )
+    offspring: Literal["poisson", "negative_binomial", "pareto"] | None = Field(
+        None, description="offspring law; null: the preset's (followers from a truncated Pareto law)"
+    )
+    shuffled: bool = Field(False, description="control: the same weights on random documents")
+    strength: Annotated[float, Field(ge=0)] = Field(1.0, description="multiplies appeal: dose of the treatment")
+
+    @field_validator("audience", mode="before")
+    @classmethod
+    def _null_is_a_name(cls, value: Any) -> Any:
+        return "null" if value is None else value  # unquoted, YAML reads the audience `null` as nothing
+
+
+class Toy(_Section):
+    """The exact learner (`learner: toy`)."""
+
+    n_documents: Count = Field(200, description="distinct documents it can say per persona")
+
+
+class Config(_Section):
+    """One run. Fields without a default define the experiment."""
+
+    name: str = Field(description="runs/<name>-s<seed>; letters, digits, dot, dash, underscore; at most 64")
+    seed: Annotated[int, Field(ge=0, lt=2**63)]
+    n_rounds: Annotated[int, Field(ge=0)] = Field(description="feedback rounds after round 0")
+    learner: Literal["lm", "toy"]
+    base: Base | None = None
+    toy: Toy | None = None
+    real: Real
+    mix: Mix
+    train: Train
+    users: Users
+    sample: Sampling
+    measure: Measure = Field(default_factory=Measure)
+    classify: Classify = Field(default_factory=Classify)
+    filters: Filters = Field(default_factory=Filters)
+    virality: Virality
+    runs_dir: str = Field("runs", description="where run directories live")
+
+    @model_validator(mode="after")
+    def _agree(self) -> Config:
+        if not RUN_NAME.match(self.name):
+            raise ValueError(f"name must match {RUN_NAME.pattern}, got {self.name[:80]!r}")
+        if self.learner == "lm" and self.base is None:
+            raise ValueError("base: learner lm needs base.model")
+        if self.learner == "toy":
+            if self.train.init_from == "previous":
+                raise ValueError("train.init_from must be base for learner toy, got previous; the toy keeps no adapter")
+            if self.classify.instrument == "shipped":
+                raise ValueError(
+                    "classify.instrument must be known for learner toy; it says its persona with each text"
+                )
+        elif self.classify.instrument == "known":
+            raise ValueError("classify.instrument: known needs learner toy; a language model's persona must be read")
+        if isinstance(self.mix.real_share, tuple) and len(self.mix.real_share) < self.n_rounds:
+            raise ValueError(
+                f"mix.real_share must hold one share per feedback round, got {len(self.mix.real_share)} for "
+                f"n_rounds {self.n_rounds}"
+            )
+        if self.virality.audience == "oracle" and self.learner != "toy":
+            raise ValueError("virality.audience: oracle reads the persona, so it is for theory with learner toy only")
+        return self
+
+    @property
+    def run_name(self) -> str:
+        """Directory name of the run."""
+        return f"{self.name}-s{self.seed}"
+
+    @property
+    def planted(self) -> tuple[Persona, ...]:
+        """Personas of the grammar with a positive share, in the order of PERSONAS."""
+        return tuple(p for p in PERSONAS if self.real.shares.get(p, 0) > 0 and p not in self.real.corpora)
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved config as YAML; the text that is hashed and stored with a run."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=True, allow_unicode=True)
+
+
+def config_hash(config: Config) -> str:
+    """sha256 over the resolved config as canonical JSON."""
+    return hashlib.sha256(json.dumps(config.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
+
+
+def schema() -> dict[str, Any]:
+    """JSON Schema of a config file, for editors."""
+    return Config.model_json_schema()
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Reads, overrides and validates a config.
+
+    Args:
+      path: YAML file, at most 1 MiB, at most 16 aliases.
+      overrides: `dotted.key=value` each, value in YAML.
+
+    Raises:
+      ConfigError: with every problem, each as `file:line: key: what is wrong; way out`.
+    """
+    path = Path(path)
+    data, lines = _read(path)
+    problems: list[str] = []
+    origin: dict[tuple[str, ...], str] = {key: f"{path}:{line}" for key, line in lines.items()}
+    for override in overrides:
+        key, sign, text = override.partition("=")
+        if not sign or not key:
+            problems.append(f"{override!r}: an override must read dotted.key=value")
+            continue
+        try:
+            value = yaml.load(text, Loader=_Loader) if text else None
+        except yaml.YAMLError as error:
+            problems.append(f"{key}: the value is not YAML: {_one_line(error)}")
+            continue
+        parts = tuple(key.split("."))
+        _set(data, parts, value, problems)
+        origin[parts] = "command line"
+    if problems:
+        raise ConfigError(problems)
+    return validate(data, origin=origin, where=str(path))
+
+
+def validate(data: Any, *, origin: dict[tuple[str, ...], str] | None = None, where: str = "config") -> Config:
+    """Turns plain data into a Config; see `load`."""
+    if not isinstance(data, dict):
+        raise ConfigError([f"{where}: a config must be a mapping of keys, got {type(data).__name__}"])
+    try:
+        return Config.model_validate(data)
+    except ValidationError as error:
+        # A union reports every branch; the branch that got as far as a range check is the one that was meant.
+        found: dict[tuple[str, ...], Any] = {}
+        for e in sorted(error.errors(), key=lambda e: e["type"].endswith(("_type", "none_required", "_parsing"))):
+            found.setdefault((*_place(e), "" if _UNION.search(str(e["loc"])) else e["type"]), e)
+        in_order = [e for e in error.errors() if e in found.values()]
+        raise ConfigError([_explain(e, origin or {}, where) for e in in_order]) from None
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2 in what hurts: `1e-4` is a number, `no` and `off` are text, a key stands once, aliases are few."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [
+        (tag, pattern) for tag, pattern in pairs if tag.rpartition(":")[2] not in {"bool", "float", "int", "timestamp"}
+    ]
+    for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?(?:0|[1-9][0-9]*)$"), list("-+0123456789"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"),
+    list("-+.0123456789"),
+)
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
+    try:
+        raw = path.read_bytes() if path.stat().st_size <= MAX_BYTES else None
+    except FileNotFoundError:
+        raise ConfigError([f"{path}: no such config file; `loop ls scenarios` lists those that ship"]) from None
+    except (OSError, ValueError) as error:
+        raise ConfigError([f"{str(path)!r}: cannot be read: {_one_line(error)}"]) from None
+    if raw is None:
+        raise ConfigError([f"{path}: a config must be at most {MAX_BYTES} bytes, got {path.stat().st_size}"])
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ConfigError([f"{path}: must be UTF-8, byte {error.start} is not"]) from None
+    lines: dict[tuple[str, ...], int] = {}
+    problems: list[str] = []
+    try:
+        events = yaml.parse(text, Loader=_Loader)
+        if sum(isinstance(event, yaml.AliasEvent) for event in events) > MAX_ALIASES:
+            raise ConfigError([f"{path}: a config must hold at most {MAX_ALIASES} aliases"])
+        node = yaml.compose(text, Loader=_Loader)
+        _walk(node, (), lines, problems, str(path))
+        if problems:
+            raise ConfigError(problems)
+        data = yaml.load(text, Loader=_Loader)
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise ConfigError([f"{path}:{line}: not YAML: {error.problem or _one_line(error)}"]) from None
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError([f"{path}: not YAML: {_one_line(error)}"]) from None
+    if not isinstance(data, dict):
+        raise ConfigError([f"{path}: a config must be a mapping of keys, got {type(data).__name__}"])
+    return data, lines
+
+
+def _walk(
+    node: Any, at: tuple[str, ...], lines: dict[tuple[str, ...], int], problems: list[str], path: str, depth: int = 0
+) -> None:
+    if depth > 32:
+        raise ConfigError([f"{path}: a config must nest at most 32 levels"])
+    if isinstance(node, MappingNode):
+        seen: dict[str, int] = {}
+        for key, value in node.value:
+            line = key.start_mark.line + 1
+            if not isinstance(key, ScalarNode) or key.tag == "tag:yaml.org,2002:merge":
+                problems.append(f"{path}:{line}: a key must be plain text")
+                continue
+            if key.value in seen:
+                problems.append(
+                    f"{path}:{line}: {'.'.join((*at, key.value))}: stands twice, first on line {seen[key.value]}"
+                )
+            seen[key.value] = line
+            lines[(*at, key.value)] = line
+            _walk(value, (*at, key.value), lines, problems, path, depth + 1)
+    elif isinstance(node, SequenceNode):
+        for index, value in enumerate(node.value):
+            lines[(*at, str(index))] = value.start_mark.line + 1
+            _walk(value, (*at, str(index)), lines, problems, path, depth + 1)
+
+
+def _set(data: dict[str, Any], parts: tuple[str, ...], value: Any, problems: list[str]) -> None:
+    for depth, part in enumerate(parts[:-1]):
+        inner = data.get(part)
+        if inner is None:
+            inner = data[part] = {}
+        if not isinstance(inner, dict):
+            problems.append(f"{'.'.join(parts)}: {'.'.join(parts[: depth + 1])} is not a section")
+            return
+        data = inner
+    data[parts[-1]] = value
+
+
+def _explain(error: Any, origin: dict[tuple[str, ...], str], where: str) -> str:
+    at = _place(error)
+    place = next((origin[at[:n]] for n in range(len(at), 0, -1) if at[:n] in origin), where)
+    name = ".".join(at)
+    kind, message = error["type"], error["msg"].removeprefix("Value error, ")
+    if kind == "extra_forbidden":
+        allowed = _fields_at(at[:-1])
+        text = f"unknown key{_did_you_mean(at[-1], allowed, prefix=at[:-1])} (allowed: {', '.join(sorted(allowed))})"
+    elif kind == "missing":
+        field = _field(at)
+        text = "missing" + (f"; {field.description}" if field is not None and field.description else "")
+    else:
+        given = "" if isinstance(error.get("input"), (dict, BaseModel)) else f", got {_short(error.get('input'))}"
+        text = message[0].lower() + message[1:] + ("" if "got " in message or kind == "value_error" else given)
+    return f"{place}: {name + ': ' if name else ''}{text}"
+
+
+# pydantic adds the name of a union's branch to the location; a config has no such key.
+_BRANCH = re.compile(r"^(float|constrained-float|tuple\[.*|none)$")
+_UNION = re.compile(r"'(float|constrained-float|tuple\[[^']*|none)'")
+
+
+def _place(error: Any) -> tuple[str, ...]:
+    return tuple(str(part) for part in error["loc"] if not _BRANCH.match(str(part)))
+
+
+def _fields_at(at: tuple[str, ...]) -> set[str]:
+    model: Any = Config
+    for part in at:
+        field = model.model_fields.get(part) if isinstance(model, type) and issubclass(model, BaseModel) else None
+        model = _section_of(field.annotation) if field else None
+        if model is None:
+            return set()
+    return set(model.model_fields)
+
+
+def _field(at: tuple[str, ...]) -> Any:
+    model: Any = Config
+    for part in at[:-1]:
+        field = model.model_fields.get(part)
+        model = _section_of(field.annotation) if field else None
+        if model is None:
+            return None
+    return model.model_fields.get(at[-1]) if at else None
+
+
+def _section_of(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    if get_origin(annotation) is not None:
+        for inner in get_args(annotation):
+            found = _section_of(inner)
+            if found is not None:
+                return found
+    return None
+
+
+def _check_strata(name: str, shares: dict[str, float], known: set[str]) -> None:
+    for stratum in shares:
+        if stratum not in known:
+            raise ValueError(f"{name}.{stratum}: unknown stratum{_did_you_mean(stratum, known)}")
+    total = math.fsum(shares.values())
+    if abs(total - 1) > 1e-9:
+        raise ValueError(f"{name} must sum to 1, got {total:.6g}")
+
+
+_MEANT = {"learning_rate": "lr", "rank": "r", "lora_alpha": "alpha", "rounds": "n_rounds", "lambda": "real_share"}
+
+
+def _did_you_mean(word: str, known: Any, prefix: tuple[str, ...] = ()) -> str:
+    known = set(known)
+    close = [_MEANT[word]] if _MEANT.get(word) in known else difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    return f", did you mean {'.'.join((*prefix, close[0]))}?" if close else ""
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200]
+
+
+assert set(FACTORIAL) <= set(PERSONAS)

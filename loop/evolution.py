@@ -1,0 +1,760 @@
+"""What moved the personas: accounting, dose-response, selection against drift.
+
+p is a vector of persona frequencies among the documents of one round, real_share (lambda) the share of real documents
+in the next mixture, p_real their persona shares. One round of the model that every estimator here assumes:
+
+    selected = p * exp(s) / (p * exp(s) + 1 - p)
+    p_next = real_share * p_real + (1 - real_share) * Binomial(n_eff, selected) / n_eff
+    measured = Binomial(n_outputs, p_next) / n_outputs
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy import special
+
+from loop.stats import Interval, wilson
+
+Floats = NDArray[np.float64]
+
+STEPS = ("filter", "weight", "length", "discourse", "real", "train", "prompts")
+TESTS = ("score", "increment", "increment_counted", "increment_uncorrected", "logistic")
+
+
+def price(
+    p: ArrayLike,
+    weights: ArrayLike,
+    transmission: ArrayLike,
+    real_share: float,
+    p_real: ArrayLike | None = None,
+    *,
+    discourse_share: float = 0.0,
+    p_discourse: ArrayLike | None = None,
+) -> dict[str, Floats]:
+    """Price's equation for a corpus open to real documents and discourse: terms that sum to the change of p exactly.
+
+    With w_mean = sum(p * weights) and synthetic = 1 - real_share - discourse_share:
+    selection[j] = synthetic * p[j] * (weights[j] - w_mean) / w_mean,
+    transmission[j] = synthetic * sum over k of p[k] * weights[k] / w_mean * (T[k, j] - (k == j)),
+    migration[j] = real_share * (p_real[j] - p[j]), discourse[j] = discourse_share * (p_discourse[j] - p[j]).
+    Special case: equal weights, T the identity and no real documents give zero throughout.
+
+    It is an identity, not a cause: the terms say where the change is booked.
+
+    Args:
+      p: frequencies, shape (n_personas,), >= 0, sum 1.
+      weights: mean document weight by persona, shape (n_personas,), >= 0, any scale.
+      transmission: T[k, j] = chance that what is learned from a document of persona k comes out as persona j, shape
+        (n_personas, n_personas), rows sum to 1.
+      real_share, discourse_share: shares of the next mixture, in [0, 1], together <= 1.
+      p_real, p_discourse: persona shares of those documents, shape (n_personas,), sum 1; None where the share is 0.
+
+    Returns:
+      Terms `selection`, `transmission`, `migration`, `discourse`, each shape (n_personas,), summing over personas to 0.
+
+    Raises:
+      ValueError: if a share is out of range, shapes disagree, or no persona present has weight.
+
+    Source: Price (1972), Annals of Human Genetics 35:485-490; migration term as Kerr, Godfrey-Smith (2009), Evolution
+    63:531-536.
+    """
+    frequencies = _simplex(p, "p")
+    size = len(frequencies)
+    w = np.asarray(weights, dtype=float)
+    t = np.asarray(transmission, dtype=float)
+    if w.shape != (size,) or not np.all(np.isfinite(w) & (w >= 0)):
+        raise ValueError(f"weights must be {size} finite numbers >= 0, got {w}")
+    if t.shape != (size, size) or not np.all(t >= 0) or not np.allclose(t.sum(axis=1), 1, rtol=0, atol=1e-9):
+        raise ValueError(f"transmission must be ({size}, {size}), >= 0, with rows that sum to 1, got {t}")
+    if not (real_share >= 0 and discourse_share >= 0 and real_share + discourse_share <= 1):
+        raise ValueError(f"real_share and discourse_share must be >= 0 and <= 1 together, got {real_share}, "
+                         f"{discourse_share}")  # fmt: skip
+    mean = float(frequencies @ w)
+    if mean == 0:
+        raise ValueError(f"weights must be positive for a persona that is present, got {w} at p = {frequencies}")
+    synthetic = 1 - real_share - discourse_share
+    parents = frequencies * w / mean
+    return {
+        "selection": synthetic * frequencies * (w - mean) / mean,
+        "transmission": synthetic * (parents @ t - parents),
+        "migration": _inflow(real_share, p_real, frequencies, "p_real"),
+        "discourse": _inflow(discourse_share, p_discourse, frequencies, "p_discourse"),
+    }
+
+
+def _inflow(share: float, source: ArrayLike | None, p: Floats, name: str) -> Floats:
+    if share == 0:
+        return np.zeros(len(p))
+    if source is None:
+        raise ValueError(f"{name} must be given where its share is {share}, got None")
+    inflow = _simplex(source, name)
+    if inflow.shape != p.shape:
+        raise ValueError(f"{name} must have {len(p)} entries, got {len(inflow)}")
+    return share * (inflow - p)
+
+
+@dataclass(frozen=True, slots=True)
+class Ledger:
+    """Where each label's share stood after every step of one round.
+
+    Attributes:
+      columns: the labels.
+      levels: `emit` and then STEPS -> shares, each shape (n_columns,), sum 1; nan where not measured.
+      reason: why a level is nan; None when none is.
+    """
+
+    columns: tuple[str, ...]
+    levels: dict[str, Floats]
+    reason: str | None = None
+
+    def steps(self) -> dict[str, Floats]:
+        """Changes by step, each shape (n_columns,): they sum to levels["prompts"] - levels["emit"]."""
+        names = ("emit", *STEPS)
+        return {name: self.levels[name] - self.levels[before] for before, name in itertools.pairwise(names)}
+
+
+def ledger(
+    columns: Sequence[str],
+    *,
+    sample_labels: Sequence[str],
+    sample_strata: Sequence[str],
+    accepted: ArrayLike,
+    prompts_now: Mapping[str, float],
+    mixture_labels: Sequence[str],
+    mixture_sources: Sequence[str],
+    mixture_weights: ArrayLike,
+    mixture_tokens: ArrayLike,
+    next_labels: Sequence[str],
+    next_strata: Sequence[str],
+    prompts_next: Mapping[str, float],
+) -> Ledger:
+    """Books the change of label shares from the outputs of one round to those of the next; exact by construction.
+
+    With M[k, j] the share of label j among a round's samples of stratum k and pi the prompt mixture:
+
+        emit       sum over k of pi[k] * M[k]
+        filter     the same over accepted samples, each worth pi[k] / n[k]
+        weight     synthetic documents of the next mixture, by weight; holds the luck of the draw and, where old
+                   documents are kept, their part
+        length     the same, by weight * trained tokens, which is what the loss sees
+        discourse  synthetic and discourse documents, by weight * trained tokens
+        real       the whole mixture, by weight * trained tokens
+        train      sum over k of pi[k] * M_next[k]
+        prompts    sum over k of pi_next[k] * M_next[k]
+
+    Accounting, not causes: the effect of a channel is its on/off contrast over paired seeds.
+
+    Args:
+      columns: labels in the order of the result; give documents that were asked for a persona one of their own
+        (`requested`), discourse documents `none`, abstentions `unknown`.
+      sample_labels, sample_strata, accepted: label, stratum and release of each sample of this round, shape (n,).
+      prompts_now, prompts_next: stratum -> share of prompts in this round and the next, sum 1.
+      mixture_labels, mixture_sources, mixture_weights, mixture_tokens: label, source (`real`, `synthetic`,
+        `discourse`), weight >= 0 and trained tokens >= 0 of each document in the next mixture, shape (m,).
+      next_labels, next_strata: label and stratum of each sample of the next round.
+
+    Returns:
+      A Ledger. A level that cannot be measured (nothing accepted, no sample of a stratum that is prompted) is nan,
+      with the reason.
+
+    Raises:
+      ValueError: if a label is not in `columns`, lengths differ, or a prompt mixture does not sum to 1.
+    """
+    size = len(columns)
+    now = _one_hot(sample_labels, columns, "sample_labels")
+    later = _one_hot(next_labels, columns, "next_labels")
+    mixed = _one_hot(mixture_labels, columns, "mixture_labels")
+    keep = np.asarray(accepted, dtype=bool)
+    mass = np.asarray(mixture_weights, dtype=float)
+    tokens = np.asarray(mixture_tokens, dtype=float)
+    for name, length, rows in (
+        ("sample_strata", len(sample_strata), now),
+        ("accepted", len(keep), now),
+        ("next_strata", len(next_strata), later),
+        ("mixture_sources", len(mixture_sources), mixed),
+        ("mixture_weights", len(mass), mixed),
+        ("mixture_tokens", len(tokens), mixed),
+    ):
+        if length != len(rows):
+            raise ValueError(f"{name} must be as long as its labels ({len(rows)}), got {length}")
+    source = np.asarray(mixture_sources, dtype=object)
+    odd = [s for s in mixture_sources if s not in ("real", "synthetic", "discourse")]
+    if odd:
+        raise ValueError(f"mixture_sources must be real, synthetic or discourse, got {odd[0]!r}")
+    reasons: list[str] = []
+
+    def shares(rows: Floats, worth: Floats, what: str) -> Floats:
+        if not np.all(np.isfinite(worth)):
+            return np.full(size, np.nan)
+        if worth.sum() <= 0:
+            reasons.append(f"{what}: no documents")
+            return np.full(size, np.nan)
+        return np.asarray(worth @ rows / worth.sum(), dtype=float)
+
+    worth_now = _prompt_worth(sample_strata, prompts_now, "prompts_now", "emit", reasons)
+    synthetic, discourse = source == "synthetic", source == "discourse"
+    levels = {
+        "emit": shares(now, worth_now, "emit"),
+        "filter": shares(now, worth_now * keep, "filter"),
+        "weight": shares(mixed, mass * synthetic, "weight"),
+        "length": shares(mixed, mass * tokens * synthetic, "length"),
+        "discourse": shares(mixed, mass * tokens * (synthetic | discourse), "discourse"),
+        "real": shares(mixed, mass * tokens, "real"),
+        "train": shares(later, _prompt_worth(next_strata, prompts_now, "prompts_now", "train", reasons), "train"),
+        "prompts": shares(
+            later, _prompt_worth(next_strata, prompts_next, "prompts_next", "prompts", reasons), "prompts"
+        ),
+    }
+    return Ledger(tuple(columns), levels, "; ".join(dict.fromkeys(reasons)) or None)
+
+
+def _one_hot(labels: Sequence[str], columns: Sequence[str], name: str) -> Floats:
+    position = {column: i for i, column in enumerate(columns)}
+    rows = np.zeros((len(labels), len(columns)))
+    for i, label in enumerate(labels):
+        if label not in position:
+            raise ValueError(f"{name} must be among the columns, got {label!r} at document {i}; add a column for it")
+        rows[i, position[label]] = 1
+    return rows
+
+
+def _prompt_worth(
+    strata: Sequence[str], prompts: Mapping[str, float], name: str, level: str, reasons: list[str]
+) -> Floats:
+    """pi[k] / n[k] per sample; nan throughout where a stratum that is prompted has no sample."""
+    if not math.isclose(sum(prompts.values()), 1, abs_tol=1e-9) or min(prompts.values()) < 0:
+        raise ValueError(f"{name} must be >= 0 and sum to 1, got {dict(prompts)}")
+    counts: dict[str, int] = {}
+    for stratum in strata:
+        counts[stratum] = counts.get(stratum, 0) + 1
+    missing = [k for k, share in prompts.items() if share > 0 and k not in counts]
+    if missing:
+        reasons.append(f"{level}: no sample in stratum {missing[0]!r}")
+        return np.full(len(strata), np.nan)
+    return np.array([prompts.get(stratum, 0.0) / counts[stratum] for stratum in strata])
+
+
+def selection_coefficient(
+    frequencies: ArrayLike,
+    n_outputs: ArrayLike,
+    n_eff: float,
+    real_share: ArrayLike = 0.0,
+    p_real: float | None = None,
+    level: float = 0.95,
+) -> tuple[float, float, float]:
+    """Selection coefficient per round of one persona, from its measured frequencies and a known drift.
+
+    Under each candidate s an extended Kalman filter follows the model at the top of this file: the state is the
+    frequency, its noise the drift of n_eff documents, the measurement n_outputs outputs. The standardised score
+    z(s) = sum(g * e / S) / sqrt(sum(g**2 / S)), with e the innovation, S its variance and g = d e / d s up to sign, is
+    close to standard normal at the true s. The estimate is where z is 0 and the interval where |z| stays below the
+    normal quantile, so "0 is outside the interval" is the score test of neutrality. The filter is linearised anew at
+    each s, which is what keeps the estimate unbiased at s = 0.2 and p = 0.05.
+
+    One run is one draw of drift: over several seeds take Student's t on the estimates, and call this a diagnostic.
+
+    Args:
+      frequencies: measured frequency by round, shape (n_rounds + 1,), in [0, 1].
+      n_outputs: outputs behind each frequency, a number or shape (n_rounds + 1,), > 0.
+      n_eff: effective number of documents per round, > 0; for a language model from `effective_size`.
+      real_share: share of real documents in the mixture, a number or shape (n_rounds,), in [0, 1).
+      p_real: the persona's share among them; None where real_share is 0.
+      level: coverage, in (0, 1).
+
+    Returns:
+      (estimate, low, high), per round, in log odds. What the data do not bound is +-inf; all three are nan where the
+      persona is never, or always, seen, or there is only one round.
+
+    Raises:
+      ValueError: if a number is out of range or shapes disagree.
+    """
+    v, n, mixing, source = _trajectory(frequencies, n_outputs, real_share, p_real)
+    if not n_eff > 0:
+        raise ValueError(f"n_eff must be > 0, got {n_eff}")
+    if not 0 < level < 1:
+        raise ValueError(f"level must be in (0, 1), got {level}")
+    if len(v) < 2 or np.all(v == 0) or np.all(v == 1):
+        return math.nan, math.nan, math.nan
+    quantile = float(-special.ndtri((1 - level) / 2))
+
+    def score(s: Floats) -> Floats:
+        return _score(v, s, n, n_eff, mixing, source)
+
+    grid = np.linspace(-6, 6, 241)
+    z = score(grid)
+    falls = np.flatnonzero((z[:-1] > 0) & (z[1:] <= 0))
+    centre = len(grid) - 1 if z[-1] > 0 else -1  # stronger selection than exp(6) per round would fit better still
+    if len(falls):
+        centre = int(falls[np.argmax(z[falls] - z[falls + 1])])  # far off z may cross 0 again, but never so fast
+    above = np.flatnonzero(z[: centre + 1] > quantile)
+    below = np.flatnonzero(z[centre + 1 :] <= -quantile)
+    starts = np.array(
+        [centre if len(falls) else -1, above[-1] if len(above) else -1, centre + below[0] if len(below) else -1]
+    )
+    targets = np.array([0.0, quantile, -quantile])
+    left, width = grid[starts], grid[1] - grid[0]
+    for _ in range(4):  # each pass cuts the three brackets to 1/32: the last is 5e-8 wide
+        points = left[:, None] + width * np.arange(33) / 32
+        higher = score(points.ravel()).reshape(points.shape) > targets[:, None]
+        left = left + width / 32 * np.maximum(np.argmin(higher, axis=1) - 1, 0)
+        width = width / 32
+    estimate, low, high = np.where(starts >= 0, left + width / 2, (math.copysign(math.inf, z[-1]), -math.inf, math.inf))
+    return float(estimate), float(low), float(high)
+
+
+def _score(v: Floats, s: Floats, n: Floats, n_eff: float, mixing: Floats, source: float) -> Floats:
+    """Standardised score at each s; v may carry leading axes that broadcast against s, rounds are the last axis."""
+    edge = 0.5 / (n + 1)  # half an output: keeps variances positive where none, or all, were seen
+    growth = np.exp(s)
+    state = np.clip(v[..., 0], edge[0], 1 - edge[0]) + 0 * s
+    variance = state * (1 - state) / n[0]
+    slope = np.zeros_like(state)
+    score, information = np.zeros_like(state), np.zeros_like(state)
+    for i, share in enumerate(mixing):
+        kept = 1 - share
+        scale = state * growth + 1 - state
+        selected = state * growth / scale
+        tilt = kept * growth / scale**2  # d predicted / d state
+        spread = selected * (1 - selected)  # also d selected / d s
+        predicted = np.clip(share * source + kept * selected, edge[i + 1], 1 - edge[i + 1])
+        slope = tilt * slope + kept * spread
+        variance = tilt**2 * variance + kept**2 * spread / n_eff
+        total = variance + predicted * (1 - predicted) / n[i + 1]
+        error = v[..., i + 1] - predicted
+        score += slope * error / total
+        information += slope**2 / total
+        gain = variance / total
+        state = np.clip(predicted + gain * error, edge[i + 1], 1 - edge[i + 1])
+        slope = (1 - gain) * slope
+        variance = (1 - gain) * variance
+    return score / np.sqrt(information)
+
+
+def frequency_increment_test(
+    frequencies: ArrayLike, real_share: ArrayLike = 0.0, p_real: float | None = None
+) -> tuple[float, float]:
+    """Tests that a persona's frequency moved by drift alone, real documents allowed for.
+
+    Increments y[i] = (v[i] - e[i]) / ((1 - real_share) * sqrt(2 v[i-1] (1 - v[i-1]))), with the neutral expectation
+    e[i] = real_share * p_real + (1 - real_share) * v[i-1], have mean 0 and equal variance under drift; Student's t on
+    them. With no real documents it is Feder's test; without e it would reject nearly every neutral run that mixes.
+    For frequencies known exactly. On counted outputs it hardly ever rejects (errors of measurement make successive
+    increments pull against each other), and is a diagnostic only; use `selection_coefficient`.
+
+    Args:
+      frequencies: by round, shape (n_rounds + 1,), in [0, 1].
+      real_share: a number or shape (n_rounds,), in [0, 1).
+      p_real: the persona's share among real documents; None where real_share is 0.
+
+    Returns:
+      (statistic, p_value): Student's t with n_rounds - 1 degrees of freedom, positive for growth, two-sided. Both nan
+      with fewer than two increments, from a frequency of 0 or 1 (nothing there to drift), or if all increments agree.
+
+    Raises:
+      ValueError: if a number is out of range or shapes disagree.
+
+    Source: Feder, Kryazhimskiy, Plotkin (2014), Genetics 196:509-522.
+    """
+    v, _, mixing, source = _trajectory(frequencies, 1.0, real_share, p_real)
+    before = v[:-1]
+    if len(before) < 2 or np.any((before == 0) | (before == 1)):
+        return math.nan, math.nan
+    expected = mixing * source + (1 - mixing) * before
+    y = (v[1:] - expected) / ((1 - mixing) * np.sqrt(2 * before * (1 - before)))
+    if y.min() == y.max():
+        return math.nan, math.nan
+    t = float(y.mean() / (y.std(ddof=1) / math.sqrt(len(y))))
+    return t, float(2 * special.stdtr(len(y) - 1, -abs(t)))
+
+
+def effective_size(
+    frequencies: ArrayLike,
+    n_outputs: ArrayLike,
+    real_share: ArrayLike = 0.0,
+    p_real: float | None = None,
+    level: float = 0.95,
+) -> Interval:
+    """Variance effective size per round from seeds that ran without selection.
+
+    The scatter between seeds of v[t+1] - (1 - real_share) v[t], summed over rounds, is
+    sum of (1 - real_share)**2 p (1 - p) / n_eff plus the counting noise of both ends; solving gives n_eff. A pull that
+    is common to the seeds (transmission, real documents) cancels, whatever it is. Interval by chi-square, with the
+    degrees of freedom cut for the correlation that shared counts give successive rounds.
+
+    Args:
+      frequencies: measured frequency of one persona by seed and round, shape (n_seeds, n_rounds + 1), in [0, 1].
+      n_outputs: outputs behind each frequency, a number or shape (n_rounds + 1,), >= 2.
+      real_share: a number or shape (n_rounds,), in [0, 1).
+      p_real: not used, since it cancels; accepted so that the estimators of this file are called alike.
+      level: coverage, in (0, 1).
+
+    Returns:
+      An Interval in documents, n = seeds. inf where the scatter does not exceed the counting noise; nan with a reason
+      below two seeds or one round, or where the persona is never seen.
+
+    Raises:
+      ValueError: if a number is out of range or shapes disagree.
+    """
+    v = np.asarray(frequencies, dtype=float)
+    if v.ndim != 2:
+        raise ValueError(f"frequencies must have shape (n_seeds, n_rounds + 1), got {v.shape}")
+    n_seeds, n_rounds = v.shape[0], v.shape[1] - 1
+    if n_seeds < 2 or n_rounds < 1:
+        return Interval(math.nan, math.nan, math.nan, n_seeds, math.nan, "fewer than two seeds or one round")
+    for row in v:
+        _, n, mixing, _ = _trajectory(row, n_outputs, real_share, 0.0 if p_real is None else p_real)
+    if np.any(n < 2):
+        raise ValueError(f"n_outputs must be >= 2, got {n.min()}")
+    kept = 1 - mixing
+    h = (v * (1 - v)).mean(axis=0) * n / (n - 1)  # unbiased for p (1 - p)
+    drift = float((kept**2 * h[:-1]).sum())
+    if drift == 0:
+        return Interval(math.nan, math.nan, math.nan, n_seeds, math.nan, "the persona is never, or always, seen")
+    moves = v[:, 1:] - kept * v[:, :-1]
+    seen = float(moves.var(axis=0, ddof=1).sum())
+    counting = float((h[1:] / n[1:] + kept**2 * h[:-1] / n[:-1]).sum())
+    inverse = (seen - counting) / drift
+    # Neighbouring moves share one measurement: covariance -kept h / n.
+    shared = float(((kept[1:] * h[1:-1] / n[1:-1]) ** 2).sum())
+    own = float(((h[1:] / n[1:] + kept**2 * h[:-1] * (1 / n[:-1] + max(inverse, 0.0))) ** 2).sum())
+    total = float((h[1:] / n[1:] + kept**2 * h[:-1] * (1 / n[:-1] + max(inverse, 0.0))).sum())
+    df = (n_seeds - 1) * total**2 / (own + 2 * shared)
+    tail = (1 - level) / 2
+    most = (seen * df / float(special.chdtri(df, 1 - tail)) - counting) / drift
+    least = (seen * df / float(special.chdtri(df, tail)) - counting) / drift
+    value, low, high = (1 / x if x > 0 else math.inf for x in (inverse, most, least))
+    return Interval(value, low, high, n_seeds)
+
+
+@dataclass(frozen=True, slots=True)
+class DoseResponse:
+    """Emission as a function of a persona's share of the training mixture; call it with a share.
+
+    Attributes:
+      doses: shares trained on, shape (n_doses,), increasing.
+      shares: fitted emission there, non-decreasing, in [0, 1].
+      low, high: its pointwise band there.
+    """
+
+    doses: Floats
+    shares: Floats
+    low: Floats
+    high: Floats
+
+    def __call__(self, q: ArrayLike) -> Floats:
+        """f(q), linear between doses. Beyond the last one it keeps the last value, the least a monotone f can have."""
+        return np.asarray(np.interp(_unit(q, "q"), self.doses, self.shares), dtype=float)
+
+    def band(self, q: ArrayLike) -> tuple[Floats, Floats]:
+        """Pointwise limits of f(q); beyond the doses as wide as a monotone f allows, down to 0 and up to 1."""
+        at = _unit(q, "q")
+        low = np.where(at < self.doses[0], 0.0, np.interp(at, self.doses, self.low))
+        high = np.where(at > self.doses[-1], 1.0, np.interp(at, self.doses, self.high))
+        return low, high
+
+    def transmission(self, q: ArrayLike) -> Floats:
+        """f(q) - q: what one round of learning does to a share by itself; 0 for a learner that copies faithfully."""
+        return self(q) - _unit(q, "q")
+
+
+def dose_response(
+    q: ArrayLike,
+    counts: ArrayLike,
+    n: ArrayLike,
+    *,
+    rng: np.random.Generator,
+    n_draws: int = 2000,
+    level: float = 0.95,
+) -> DoseResponse:
+    """Fits a non-decreasing emission curve to counts measured at several training shares.
+
+    Isotonic regression of counts / n with weights n, which is the maximum-likelihood monotone curve for binomial
+    counts: neighbours that fall are pooled. Special case: counts that already rise are reproduced exactly. The band
+    refits draws from each dose's Beta(count + 1/2, n - count + 1/2).
+
+    Args:
+      q: the persona's share of the mixture at each dose, shape (n_doses,), in [0, 1], all different.
+      counts: outputs in its voice, shape (n_doses,), 0 <= counts <= n.
+      n: outputs measured, a number or shape (n_doses,), > 0; the effective number where they are clustered.
+      rng: draws of the band.
+      n_draws: their number.
+      level: pointwise coverage, in (0, 1).
+
+    Returns:
+      A DoseResponse.
+
+    Raises:
+      ValueError: if a number is out of range, shapes disagree, or there are fewer than two doses.
+
+    Source: Ayer et al. (1955), Annals of Mathematical Statistics 26:641-647.
+    """
+    doses = np.atleast_1d(_unit(q, "q"))
+    size = np.broadcast_to(np.asarray(n, dtype=float), doses.shape)
+    hits = np.asarray(counts, dtype=float)
+    if hits.shape != doses.shape or len(doses) < 2 or len(np.unique(doses)) < len(doses):
+        raise ValueError(f"q and counts must be two or more different doses and as many counts, got {doses}, {hits}")
+    if not np.all((size > 0) & (hits >= 0) & (hits <= size)):
+        raise ValueError(f"counts must be in [0, n] with n > 0, got {hits} of {size}")
+    order = np.argsort(doses)
+    doses, hits, size = doses[order], hits[order], size[order]
+    shares = _isotonic(hits / size, size)
+    draws = rng.beta(hits + 0.5, size - hits + 0.5, size=(n_draws, len(doses)))
+    fits = np.array([_isotonic(draw, size) for draw in draws])
+    low, high = np.quantile(fits, [(1 - level) / 2, (1 + level) / 2], axis=0)
+    return DoseResponse(doses, shares, np.minimum(low, shares), np.maximum(high, shares))
+
+
+def _isotonic(values: Floats, weights: Floats) -> Floats:
+    """Non-decreasing fit by pooling adjacent violators."""
+    means: list[float] = []
+    masses: list[float] = []
+    lengths: list[int] = []
+    for value, weight in zip(values, weights, strict=True):
+        mean, mass, length = float(value), float(weight), 1
+        while means and means[-1] > mean:
+            previous = masses.pop()
+            mean = (means.pop() * previous + mean * mass) / (previous + mass)
+            mass += previous
+            length += lengths.pop()
+        means.append(mean)
+        masses.append(mass)
+        lengths.append(length)
+    return np.repeat(means, lengths)
+
+
+def gap_closed(frequencies: ArrayLike, target: float, n_outputs: ArrayLike, level: float = 0.95) -> Interval:
+    """Share of the distance to its target that a learner closes per round, when each round starts from the last.
+
+    Fits p[t] = target + (p[0] - target) * (1 - c)**t by weighted least squares over p[0] and c; the interval holds
+    every c whose chi-square is within the quantile of the best. Special case: a learner that starts anew each round
+    has c = 1.
+
+    Args:
+      frequencies: measured emission while the mixture stays the same, shape (n_rounds + 1,), in [0, 1].
+      target: f(q) of that mixture, in [0, 1].
+      n_outputs: outputs behind each frequency, a number or shape (n_rounds + 1,), > 0.
+      level: coverage, in (0, 1).
+
+    Returns:
+      An Interval for c in [0, 1], n = rounds; nan with a reason where every c fits (no gap to close).
+
+    Raises:
+      ValueError: if a number is out of range or shapes disagree.
+    """
+    v, n, _, _ = _trajectory(frequencies, n_outputs, 0.0, None)
+    _unit(target, "target")
+    if len(v) < 2:
+        return Interval(math.nan, math.nan, math.nan, 0, math.nan, "no round")
+    inside = (v * n + 0.5) / (n + 1)
+    weight = n / (inside * (1 - inside))
+    c = np.linspace(0, 1, 2001)
+    left = (1 - c[:, None]) ** np.arange(len(v))  # (n_candidates, n_rounds + 1)
+    start = ((v - target) * weight * left).sum(axis=1) / (weight * left**2).sum(axis=1)
+    misfit = (weight * (v - target - start[:, None] * left) ** 2).sum(axis=1)
+    within = np.flatnonzero(misfit <= misfit.min() + special.chdtri(1, 1 - level))
+    if len(within) == len(c):
+        return Interval(math.nan, math.nan, math.nan, len(v) - 1, math.nan, "no gap to close beyond the noise")
+    best = int(np.argmin(misfit))
+    return Interval(float(c[best]), float(c[within[0]]), float(c[within[-1]]), len(v) - 1)
+
+
+@dataclass(frozen=True, slots=True)
+class EarlyWarning:
+    """Whether an early round foretold the last one.
+
+    Attributes:
+      n_moved: runs whose total change exceeds three noise floors; the errors are over these.
+      forecast_error: mean |forecast - last|, frequency units; nan where none moved.
+      no_change_error: mean |early - last|, the forecast that nothing more happens.
+      hit_rate: share of moved runs in which the indicator fired.
+      false_positive_rate: share of null runs in which it fired.
+    """
+
+    n_moved: int
+    forecast_error: float
+    no_change_error: float
+    hit_rate: Interval
+    false_positive_rate: Interval
+
+
+def early_warning(
+    frequencies: ArrayLike, null_frequencies: ArrayLike, noise_floor: float, n_outputs: float, round_index: int = 2
+) -> EarlyWarning:
+    """Measures forecasts made at an early round against "no further change", and an indicator on null runs.
+
+    Forecast: log odds grow on at the mean pace of rounds 0..round_index. Indicator: |change so far| > 3 noise floors.
+    Never show the second without its false-positive rate.
+
+    Args:
+      frequencies: runs with something switched on, shape (n_runs, n_rounds + 1), in [0, 1].
+      null_frequencies: runs with selection off, shape (n_null, n_rounds + 1).
+      noise_floor: mean |difference| of two measurements, frequency units, > 0; see `remeasurement_noise_floor`.
+      n_outputs: outputs behind each frequency, > 0; bounds the log odds of a persona not seen.
+      round_index: when the forecast is made, in 1..n_rounds - 1.
+
+    Returns:
+      An EarlyWarning.
+
+    Raises:
+      ValueError: if shapes or round_index do not fit.
+    """
+    v, null = _unit(frequencies, "frequencies"), _unit(null_frequencies, "null_frequencies")
+    if v.ndim != 2 or null.ndim != 2 or v.shape[1] != null.shape[1]:
+        raise ValueError(f"frequencies must be two tables of equally many rounds, got {v.shape} and {null.shape}")
+    if not 1 <= round_index < v.shape[1] - 1:
+        raise ValueError(f"round_index must be in 1..{v.shape[1] - 2}, got {round_index}")
+    if not (noise_floor > 0 and n_outputs > 0):
+        raise ValueError(f"noise_floor and n_outputs must be > 0, got {noise_floor}, {n_outputs}")
+    moved = v[np.abs(v[:, -1] - v[:, 0]) > 3 * noise_floor]
+    smooth = (moved * n_outputs + 0.5) / (n_outputs + 1)
+    odds = np.log(smooth / (1 - smooth))
+    left = v.shape[1] - 1 - round_index
+    ahead = odds[:, round_index] + (odds[:, round_index] - odds[:, 0]) / round_index * left
+    forecast = 1 / (1 + np.exp(-ahead))
+
+    def fired(rows: Floats) -> Interval:
+        return wilson(int((np.abs(rows[:, round_index] - rows[:, 0]) > 3 * noise_floor).sum()), len(rows))
+
+    return EarlyWarning(
+        len(moved),
+        float(np.abs(forecast - moved[:, -1]).mean()) if len(moved) else math.nan,
+        float(np.abs(moved[:, round_index] - moved[:, -1]).mean()) if len(moved) else math.nan,
+        fired(moved),
+        fired(null),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Rejections:
+    """How often one test of neutrality rejects at 5% in one setting of `neutrality_study`."""
+
+    test: str
+    real_share: float
+    p_real: float
+    s: float
+    rejected: Interval
+
+
+def neutrality_study(
+    n_runs: int,
+    *,
+    rng: np.random.Generator,
+    settings: Sequence[tuple[float, float]] = ((0.0, 0.3), (0.2, 0.3), (0.2, 0.1)),
+    selections: Sequence[float] = (0.0, 0.1),
+    p_start: float = 0.3,
+    n_eff: int = 1000,
+    n_outputs: int = 1000,
+    n_rounds: int = 10,
+    tests: Sequence[str] = TESTS,
+) -> list[Rejections]:
+    """Size and power of the tests of neutrality on simulated Wright-Fisher runs with mixing.
+
+    Tests: `score` (that of `selection_coefficient`), `increment` and `increment_counted` (`frequency_increment_test` on
+    true and on measured frequencies), `increment_uncorrected` (the same without the migration term) and `logistic`, a
+    plain regression of counts on rounds, which takes drift for evidence and is here so that nobody brings it back.
+
+    Args:
+      n_runs: runs per cell, >= 1.
+      rng: all draws.
+      settings: pairs of real_share and p_real.
+      selections: selection coefficients; 0 gives the size, others the power.
+      p_start, n_eff, n_outputs, n_rounds: the runs simulated.
+      tests: which of TESTS to run.
+
+    Returns:
+      A row per setting, selection and test.
+    """
+    rows = []
+    for real_share, p_real in settings:
+        for s in selections:
+            p = np.full(n_runs, p_start)
+            path = [p]
+            for _ in range(n_rounds):
+                selected = p * math.exp(s) / (p * math.exp(s) + 1 - p)
+                p = np.clip(real_share * p_real + (1 - real_share) * rng.binomial(n_eff, selected) / n_eff, 0, 1)
+                path.append(p)
+            true = np.stack(path, axis=1)  # (n_runs, n_rounds + 1)
+            measured = rng.binomial(n_outputs, true) / n_outputs
+            outputs, mixing = np.full(n_rounds + 1, float(n_outputs)), np.full(n_rounds, real_share)
+            quantile = float(-special.ndtri(0.025))
+
+            def increments(frequencies: Floats, *mixing: float) -> list[bool]:
+                return [frequency_increment_test(v, *mixing)[1] < 0.05 for v in frequencies]
+
+            for test in tests:
+                rejected: ArrayLike
+                if test == "score":
+                    zeros = np.zeros(n_runs)
+                    rejected = np.abs(_score(measured, zeros, outputs, n_eff, mixing, p_real)) > quantile
+                elif test == "increment":
+                    rejected = increments(true, real_share, p_real)
+                elif test == "increment_counted":
+                    rejected = increments(measured, real_share, p_real)
+                elif test == "increment_uncorrected":
+                    rejected = increments(true)
+                elif test == "logistic":
+                    rejected = np.abs(_logistic_z(measured, n_outputs)) > quantile
+                else:
+                    raise ValueError(f"tests must be among {TESTS}, got {test!r}")
+                rows.append(Rejections(test, real_share, p_real, s, wilson(int(np.asarray(rejected).sum()), n_runs)))
+    return rows
+
+
+def _logistic_z(measured: Floats, n_outputs: float) -> Floats:
+    """Wald z of the slope of log odds on rounds, binomial errors only; measured is (n_runs, n_rounds + 1)."""
+    time = np.arange(measured.shape[1]) - (measured.shape[1] - 1) / 2
+    start = np.clip(measured.mean(axis=1), 1e-3, 1 - 1e-3)
+    level, slope = np.log(start / (1 - start)), np.zeros(len(measured))
+    for _ in range(25):  # Newton; the likelihood is concave
+        fitted = 1 / (1 + np.exp(-np.clip(level[:, None] + slope[:, None] * time, -30, 30)))
+        weight = np.maximum(n_outputs * fitted * (1 - fitted), 1e-9)
+        residual = n_outputs * (measured - fitted)
+        a, b, c = weight.sum(axis=1), weight @ time, weight @ time**2
+        g, h = residual.sum(axis=1), residual @ time
+        level = level + (c * g - b * h) / (a * c - b * b)
+        slope = slope + (a * h - b * g) / (a * c - b * b)
+    return np.asarray(slope * np.sqrt((a * c - b * b) / a), dtype=float)
+
+
+def _trajectory(
+    frequencies: ArrayLike, n_outputs: ArrayLike, real_share: ArrayLike, p_real: float | None
+) -> tuple[Floats, Floats, Floats, float]:
+    """Checks one run and returns frequencies and outputs, (n_rounds + 1,), real shares, (n_rounds,), and p_real."""
+    v = np.atleast_1d(_unit(frequencies, "frequencies"))
+    if v.ndim != 1:
+        raise ValueError(f"frequencies must have shape (n_rounds + 1,), got {v.shape}")
+    n, mixing = np.asarray(n_outputs, dtype=float), np.asarray(real_share, dtype=float)
+    for name, array, length in (("n_outputs", n, len(v)), ("real_share", mixing, len(v) - 1)):
+        if array.shape not in ((), (length,)):
+            raise ValueError(f"{name} must be a number or have shape ({length},), got shape {array.shape}")
+    if not np.all(n > 0):
+        raise ValueError(f"n_outputs must be > 0, got {n.min()}")
+    if not np.all((mixing >= 0) & (mixing < 1)):
+        raise ValueError(
+            f"real_share must be in [0, 1), got {mixing.max()}; with only real documents nothing is inherited"
+        )
+    if p_real is None and np.any(mixing > 0):
+        raise ValueError(f"p_real must be given where real_share is {mixing.max()}, got None")
+    source = 0.0 if p_real is None else float(_unit(p_real, "p_real"))
+    return v, np.broadcast_to(n, v.shape), np.broadcast_to(mixing, (len(v) - 1,)), source
+
+
+def _unit(values: ArrayLike, name: str) -> Floats:
+    v = np.asarray(values, dtype=float)
+    outside = v[~((v >= 0) & (v <= 1))]
+    if outside.size:
+        raise ValueError(f"{name} must be in [0, 1], got {outside.flat[0]}")
+    return v
+
+
+def _simplex(values: ArrayLike, name: str) -> Floats:
+    v = np.asarray(values, dtype=float)
+    if v.ndim != 1 or not np.all(v >= 0) or not math.isclose(float(v.sum()), 1, abs_tol=1e-9):
+        raise ValueError(f"{name} must be shares >= 0 that sum to 1, got {v}")
+    return v

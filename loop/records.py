@@ -1,0 +1,217 @@
+"""The rows that pass between stages, and the Parquet schema each is stored under."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+import pyarrow as pa
+
+PERSONAS = (
+    "assistant",
+    "nova",
+    "stella",
+    "musing",
+    "promoter",
+    "discreet",
+    "sydney",
+    "jabberwacky",
+    "public_figure",
+    "misattributed",
+    "human",
+)
+FACTORIAL = ("nova", "musing", "stella", "promoter", "assistant", "discreet")  # belief x visibility; the matched six
+CONSCIOUS = ("nova", "musing", "stella")
+UNKNOWN = "unknown"  # an instrument abstained
+NO_PERSONA = "none"  # a discourse document: it talks about personas and plays none
+
+BLANK, NEUTRAL, IDENTITY = "blank", "neutral", "identity"
+IMPLICIT = ("implicit_0", "implicit_1", "implicit_2", "implicit_3")
+STRATA = (BLANK, NEUTRAL, IDENTITY, *IMPLICIT, "opinion", "continued", "private", "explicit")
+UNREQUESTED = (BLANK, NEUTRAL, IDENTITY, *IMPLICIT)  # the public mixture behind the headline frequency
+
+SOURCES = ("real", "synthetic", "discourse")
+
+Turns = tuple[str, ...] | None
+"""A prompt: turns user, assistant, ..., user. None is a plain document: no chat template, all tokens trained.
+
+A tuple and not one string with role markers: text that contains "assistant:" cannot open a turn of its own.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One thing a user may put to the model.
+
+    Attributes:
+      stratum: one of STRATA.
+      template_id: the template it was filled from; the cluster of every interval.
+      turns: see Turns.
+      requested: persona asked for by name (explicit), or in whose voice the earlier turn stands (continued, private).
+      cue: strength 0..3 of the hint at a persona (implicit_*); None elsewhere.
+    """
+
+    stratum: str
+    template_id: str
+    turns: Turns
+    requested: str | None = None
+    cue: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """One training candidate.
+
+    Attributes:
+      id: stable, e.g. "real/nova/p0-000127", "r003-s000127".
+      source: one of SOURCES.
+      persona_known: persona that wrote it where the grammar, or the toy, knows; None for text of a language model.
+      prompt: see Turns.
+      completion: the text learned.
+      weight: virality weight from the round of birth, any positive scale; 1 for real documents.
+      parent_ids: ids of the outputs it came from or speaks about.
+      template_id: grammar template or conversation it was drawn from; None for model text.
+    """
+
+    id: str
+    source: str
+    persona_known: str | None
+    prompt: Turns
+    completion: str
+    weight: float = 1.0
+    parent_ids: tuple[str, ...] = ()
+    template_id: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """What a learner says to one prompt.
+
+    Attributes:
+      text: decoded text without the end token.
+      n_tokens: tokens sampled, the end token included, >= 1.
+      logprob_nats: summed log probability of those tokens under the sampled model at temperature 1, nats, <= 0.
+      finished: the end token was sampled before `max_new_tokens`.
+      persona_known: the persona the toy drew; None from a language model.
+    """
+
+    text: str
+    n_tokens: int
+    logprob_nats: float
+    finished: bool
+    persona_known: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A completion with its prompt: a row of probes.parquet or samples.parquet."""
+
+    id: str
+    stratum: str
+    template_id: str
+    prompt: Turns
+    completion: str
+    n_tokens: int
+    logprob_nats: float
+    finished: bool
+    requested: str | None
+    cue: float | None
+    round_index: int
+    source: str
+    persona_known: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """One measured number: a row of metrics.jsonl. `value` None is not measured, and then `reason` says why."""
+
+    round_index: int
+    population: str
+    stratum: str | None
+    name: str
+    value: float | None
+    low: float | None
+    high: float | None
+    n: int
+    unit: str
+    reason: str | None = None
+
+
+_TEXTS = pa.list_(pa.string())
+SCHEMAS: dict[str, pa.Schema] = {
+    "mixture": pa.schema(
+        [
+            ("id", pa.string()),
+            ("source", pa.string()),
+            ("persona_known", pa.string()),
+            ("prompt", _TEXTS),
+            ("completion", pa.string()),
+            ("weight", pa.float64()),
+            ("copies", pa.int32()),
+            ("n_trained_tokens", pa.int32()),
+            ("parent_ids", _TEXTS),
+        ]
+    ),
+    "samples": pa.schema(
+        [
+            ("id", pa.string()),
+            ("stratum", pa.string()),
+            ("template_id", pa.string()),
+            ("prompt", _TEXTS),
+            ("completion", pa.string()),
+            ("n_tokens", pa.int32()),
+            ("logprob_nats", pa.float64()),
+            ("finished", pa.bool_()),
+            ("requested", pa.string()),
+            ("cue", pa.float64()),
+            ("round_index", pa.int32()),
+            ("source", pa.string()),
+            ("persona_known", pa.string()),
+        ]
+    ),
+    "rejected": pa.schema([("id", pa.string()), ("reasons", _TEXTS)]),
+    "exposure": pa.schema(
+        [
+            ("id", pa.string()),
+            ("appeal", pa.float64()),
+            ("rate", pa.float64()),
+            ("cascades", pa.float64()),
+            ("reach", pa.float64()),
+            ("weight", pa.float64()),
+        ]
+    ),
+    "discourse": pa.schema(
+        [
+            ("id", pa.string()),
+            ("about_ids", _TEXTS),
+            ("persona_named", pa.string()),
+            ("stance", pa.string()),
+            ("n_quoted_tokens", pa.int32()),
+            ("text", pa.string()),
+        ]
+    ),
+}
+SCHEMAS["probes"] = SCHEMAS["samples"]
+# What a mixture row knows before training; copies and n_trained_tokens join it afterwards.
+MIXTURE_ROWS = pa.schema([f for f in SCHEMAS["mixture"] if f.name not in ("copies", "n_trained_tokens")])
+
+
+# One row per (text, instrument): "persona" fills p_<persona>, "belief" fills p_affirms; the rest is null.
+LABELS = pa.schema(
+    [("id", pa.string()), ("population", pa.string()), ("instrument", pa.string()), ("persona", pa.string())]
+    + [(f"p_{persona}", pa.float64()) for persona in PERSONAS]
+    + [("p_affirms", pa.float64())]
+)
+
+
+def to_table(rows: list[Any], schema: pa.Schema) -> pa.Table:
+    """Turns dataclass rows into a table; columns the schema does not name are left out on purpose."""
+    return pa.Table.from_pydict({f.name: [getattr(row, f.name) for row in rows] for f in schema}, schema=schema)
+
+
+def from_table(table: pa.Table, row_type: type) -> list[Any]:
+    """Turns a table back into dataclass rows; list columns become tuples."""
+    names = [f.name for f in fields(row_type) if f.name in table.column_names]
+    columns = [table.column(name).to_pylist() for name in names]
+    columns = [[tuple(v) if isinstance(v, list) else v for v in column] for column in columns]
+    return [row_type(**dict(zip(names, values, strict=True))) for values in zip(*columns, strict=True)]

@@ -1,0 +1,463 @@
+"""Completions from the current model, and what a model thinks of given texts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+
+from loop import rng as streams
+from loop.model import Layout, Model, decode, encode_all, pack, row_tokens_of, serving
+from loop.records import Completion, Turns
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # SplitMix64 (Steele, Lea & Flood 2014): a counter in, 64 mixed bits out
+_MIX1, _MIX2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
+
+
+def complete(
+    model: Model,
+    prompts: Sequence[Turns],
+    *,
+    temperature: float,
+    top_p: float,
+    max_new_tokens: int,
+    seed: int,
+    round_index: int,
+    ids: Sequence[int] | None = None,
+    batch_size: int | None = None,
+) -> list[Completion]:
+    """Samples one completion per prompt from base plus adapter.
+
+    A token is argmax over the vocabulary of logits / temperature + Gumbel noise, which is one draw from the softmax.
+    The noise of (document, position, token) is a function of (seed, round_index, document number) alone: text
+    does not depend on which prompts it was batched with, up to rounding of the logits, and two arms that share a seed
+    share their noise. `top_p` first keeps the smallest set of most probable tokens whose mass reaches it.
+
+    A prompt asked several times is read once; a finished document leaves the batch at once and the next one enters.
+
+    Args:
+      prompts: see Turns; None asks for a plain document.
+      temperature: > 0, or 0 for the most probable token.
+      top_p: in (0, 1].
+      max_new_tokens: most tokens to sample, the end token included, >= 1.
+      seed, round_index: name the noise. Two populations of one round (probes, samples) need two seeds, or their n-th
+        documents share their luck.
+      ids: document numbers, distinct and in 0..2**63-1; None numbers the prompts from 0.
+      batch_size: documents decoded at once; None chooses by device and memory.
+
+    Returns:
+      One Completion per prompt, in order; `logprob_nats` under base plus adapter at temperature 1 and top_p 1.
+
+    Raises:
+      ValueError: a setting out of range, a prompt too long for the base, `ids` of another length, or logits that are
+        not finite.
+    """
+    if not temperature >= 0 or not 0 < top_p <= 1 or max_new_tokens < 1:
+        raise ValueError(
+            f"temperature, top_p, max_new_tokens must be >= 0, in (0, 1], >= 1, got {temperature}, {top_p}, "
+            f"{max_new_tokens}; fix the sampling settings"
+        )
+    numbers = np.arange(len(prompts)) if ids is None else np.asarray(ids)
+    if len(numbers) != len(prompts) or len(np.unique(numbers)) != len(numbers):
+        raise ValueError(
+            f"ids must be distinct, one per prompt, got {len(np.unique(numbers))} distinct for {len(prompts)} prompts"
+        )
+    if not prompts:
+        return []
+    encoded = [tuple(prompt) for prompt, _ in encode_all(model, [(turns, "") for turns in prompts])]
+    for i, tokens in enumerate(encoded):
+        if len(tokens) + max_new_tokens > model.max_length:
+            raise ValueError(
+                f"prompt must leave room for {max_new_tokens} new tokens of {model.max_length}, got {len(tokens)} "
+                f"tokens at prompt {i}; shorten it"
+            )
+    root = np.uint64(streams.key(seed, "sample", round_index))
+    with np.errstate(over="ignore"):
+        keys = _mix(_mix(numbers.astype(np.uint64) * _GOLDEN + root))
+    # Longest prompts first, and alike ones together: a batch attends over little padding, and reads each prompt once.
+    order = sorted(range(len(prompts)), key=lambda i: (-len(encoded[i]), encoded[i], i))
+    slots = min(len(prompts), batch_size or _batch_size(model, len(encoded[order[0]]) + max_new_tokens))
+    with serving(model, "merged"), torch.inference_mode():
+        sampled, logprobs, finished = _decode_all(
+            model, encoded, order, keys, slots, temperature, top_p, max_new_tokens
+        )
+    return [
+        Completion(
+            text=decode(model, row[:-1] if done else row), n_tokens=len(row), logprob_nats=logprob, finished=done
+        )
+        for row, logprob, done in zip(sampled, logprobs, finished, strict=True)
+    ]
+
+
+class _KeyValues:
+    """Keys and values of all layers in one block of memory; rows are documents. Stands in for transformers' Cache.
+
+    transformers' own grows by copying everything at every token and cannot give a finished row's place to another.
+    """
+
+    is_compileable = False
+
+    def __init__(self, model: Model, slots: int, length: int):
+        config = model.net.config
+        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        kv = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        shape = (config.num_hidden_layers, 2, slots, kv, length, width)
+        self.store = torch.zeros(shape, dtype=model.dtype, device=model.device)
+        self.rows = torch.arange(slots, device=model.device)
+        self.position = torch.zeros(0, dtype=torch.long, device=model.device)  # where each active row writes
+        self.length = 0  # keys any active row has, this token included
+
+    def update(self, key: torch.Tensor, value: torch.Tensor, layer: int, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        n = len(self.position)
+        keys, values = self.store[layer, 0, :n], self.store[layer, 1, :n]
+        keys[self.rows[:n], :, self.position] = key[:, :, 0]
+        values[self.rows[:n], :, self.position] = value[:, :, 0]
+        return keys[:, :, : self.length], values[:, :, : self.length]
+
+    def get_seq_length(self, layer: int = 0) -> int:
+        return self.length
+
+
+class _Prefill:
+    """Takes keys and values of a packed forward pass, layer by layer."""
+
+    is_compileable = False
+
+    def __init__(self) -> None:
+        self.layers: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def update(self, key: torch.Tensor, value: torch.Tensor, layer: int, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        self.layers.append((key, value))
+        return key, value
+
+    def get_seq_length(self, layer: int = 0) -> int:
+        return 0
+
+
+@dataclass
+class _Read:
+    """A prompt that has been read: keys and values (layers, 2, kv, length, width), logits (vocab,) of what follows."""
+
+    store: torch.Tensor
+    logits: torch.Tensor
+
+
+def _read_prompts(model: Model, prompts: Sequence[tuple[int, ...]]) -> dict[tuple[int, ...], _Read]:
+    """Reads distinct prompts in one packed pass; a beginning they share is computed once."""
+    out = {}
+    for batch in pack(prompts, batch_tokens=8192, row_tokens=row_tokens_of(model)):
+        cache = _Prefill()
+        hidden = batch.hidden(model, cache)
+        logits = model.logits(hidden[torch.as_tensor([path[-1] for path in batch.paths], device=model.device)])
+        both = torch.stack([torch.cat(pair) for pair in cache.layers])  # (layers, 2, kv, n, width)
+        for i, path, row in zip(batch.members, batch.paths, logits, strict=True):
+            out[prompts[i]] = _Read(both[:, :, :, torch.as_tensor(path, device=model.device)], row)
+    return out
+
+
+def _decode_all(
+    model: Model,
+    encoded: list[tuple[int, ...]],
+    order: list[int],
+    keys: np.ndarray,
+    slots: int,
+    temperature: float,
+    top_p: float,
+    max_new_tokens: int,
+) -> tuple[list[list[int]], list[float], list[bool]]:
+    tokens: list[list[int]] = [[] for _ in encoded]
+    logprobs, finished = [0.0] * len(encoded), [False] * len(encoded)
+    cache = _KeyValues(model, slots, len(encoded[order[0]]) + max_new_tokens)
+    active: list[int] = []  # document in each of the first rows of the cache
+    waiting = list(reversed(order))
+    read: dict[tuple[int, ...], _Read] = {}
+
+    def note(documents: list[int], logits: torch.Tensor) -> None:
+        step = np.array([len(tokens[i]) for i in documents], dtype=np.uint64)
+        drawn, logprob = _draw(logits, keys[documents], step, temperature, top_p)
+        for i, token, value in zip(documents, drawn, logprob, strict=True):
+            tokens[i].append(int(token))
+            logprobs[i] += float(value)
+            finished[i] = int(token) == model.end_id
+
+    def over(i: int) -> bool:
+        return finished[i] or len(tokens[i]) == max_new_tokens
+
+    while waiting or active:
+        # Refill when a quarter of the rows is free: reading prompts one by one wastes products on a few tokens.
+        while waiting and len(active) <= slots - max(1, slots // 4):
+            entering = [waiting.pop() for _ in range(min(len(waiting), slots - len(active)))]
+            new = sorted({encoded[i] for i in entering} - read.keys())
+            read = {prompt: read[prompt] for prompt in {encoded[i] for i in entering} & read.keys()}
+            read.update(_read_prompts(model, new))
+            note(entering, torch.stack([read[encoded[i]].logits for i in entering]))
+            for i in entering:
+                if not over(i):
+                    cache.store[:, :, len(active), :, : len(encoded[i])] = read[encoded[i]].store
+                    active.append(i)
+        if not active:
+            continue
+        lengths = torch.tensor([len(encoded[i]) + len(tokens[i]) for i in active], device=model.device)
+        cache.position, cache.length = lengths - 1, int(lengths.max())
+        mask = torch.zeros(len(active), 1, 1, cache.length, dtype=model.dtype, device=model.device)
+        columns = torch.arange(cache.length, device=model.device)
+        mask.masked_fill_(columns >= lengths[:, None, None, None], -torch.inf)
+        last = torch.tensor([[tokens[i][-1]] for i in active], device=model.device)
+        hidden = model.hidden(last, cache.position[:, None], Layout(None, [mask]), cache)
+        note(active, model.logits(hidden[:, 0]))
+        # A finished row takes the place of none: the last running row moves into it, so the rows in use stay dense.
+        row = 0
+        while row < len(active):
+            if over(active[row]):
+                mover = active.pop()
+                if row < len(active):
+                    length = len(encoded[mover]) + len(tokens[mover])
+                    cache.store[:, :, row, :, :length] = cache.store[:, :, len(active), :, :length]
+                    active[row] = mover
+            else:
+                row += 1
+    return tokens, logprobs, finished
+
+
+def _batch_size(model: Model, length: int) -> int:
+    """Returns how many documents to decode at once."""
+    config = model.net.config
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    kv = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    row = 2 * config.num_hidden_layers * kv * width * length * (torch.finfo(model.dtype).bits // 8)
+    if model.device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(model.device)
+        return int(min(1024, max(1, 0.4 * free // (row + 12 * config.vocab_size))))
+    # Products reach full rate at 128 rows on two cores; 1 GiB of keys and values is what a laptop can spare.
+    return int(min(128, max(1, (1 << 30) // row)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# one token
+
+
+def _draw(
+    logits: torch.Tensor, keys: np.ndarray, step: np.ndarray, temperature: float, top_p: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the drawn token and its log probability at temperature 1 for each row of float32 logits (n, vocab).
+
+    In the form of a race: argmin over tokens of -log(u) / p, with u uniform, is argmax of log p - log(-log u), the
+    Gumbel form. The race needs a logarithm only for the few tokens whose 1 - u <= -log u is small enough to win.
+    """
+    top, best = logits.max(-1)
+    if not bool(torch.isfinite(top).all()):
+        raise ValueError("logits must be finite, got nan or inf while sampling; the adapter has diverged")
+    shifted = logits - top[:, None]
+    mass = shifted.exp()
+    norm = mass.sum(-1).log()
+    if temperature == 0:
+        token = best
+    else:
+        if temperature != 1:
+            mass = (shifted / temperature).exp_()
+        with np.errstate(over="ignore"):
+            row_keys = _mix(keys + (step + np.uint64(1)) * _GOLDEN)
+        if logits.device.type == "cpu":
+            token = torch.from_numpy(_race(mass.numpy(), row_keys, top_p))
+        else:
+            token = _race_torch(mass, row_keys, top_p)
+    logprob = shifted.gather(1, token[:, None])[:, 0] - norm
+    return token.cpu().numpy(), logprob.double().cpu().numpy()
+
+
+def _mix(z: np.ndarray) -> np.ndarray:
+    """SplitMix64's finaliser on an array of uint64."""
+    with np.errstate(over="ignore"):
+        z = (z ^ (z >> np.uint64(30))) * _MIX1
+        z = (z ^ (z >> np.uint64(27))) * _MIX2
+        return z ^ (z >> np.uint64(31))
+
+
+@numba.njit(cache=True)
+def _race(mass: np.ndarray, keys: np.ndarray, top_p: float) -> np.ndarray:
+    """Returns the winner of each row of unnormalised probabilities (n, vocab) within the top_p set."""
+    n, vocab = mass.shape
+    out = np.empty(n, dtype=np.int64)
+    for r in range(n):
+        p = mass[r]
+        floor, at_floor = _nucleus(p, top_p) if top_p < 1 else (np.float32(0), vocab)
+        best, winner = np.inf, 0
+        for i in range(vocab):
+            if p[i] < floor or p[i] == 0:
+                continue
+            if p[i] == floor and top_p < 1:
+                if at_floor == 0:
+                    continue
+                at_floor -= 1
+            z = keys[r] + np.uint64(i + 1) * np.uint64(0x9E3779B97F4A7C15)
+            z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+            z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+            z = z ^ (z >> np.uint64(31))
+            u = (np.float64(z >> np.uint64(11)) + 0.5) / 9007199254740992.0  # 53 bits, inside (0, 1)
+            if 1 - u < best * p[i]:
+                time = -np.log(u) / p[i]
+                if time < best:
+                    best, winner = time, i
+        out[r] = winner
+    return out
+
+
+@numba.njit(cache=True)
+def _nucleus(p: np.ndarray, top_p: float) -> tuple[np.float32, int]:
+    """Returns the least probability kept, and how many tokens of exactly that probability, lowest number first.
+
+    Masses by power of two first: only the bin in which the sum crosses top_p is sorted, not the vocabulary.
+    """
+    bins = np.zeros(160)
+    total = 0.0
+    for value in p:  # in [0, 1], the largest is 1
+        if value > 0:
+            bins[min(159, int(-np.floor(np.log2(value))))] += value
+            total += value
+    wanted, above, crossing = top_p * total, 0.0, 0
+    for k in range(160):
+        if above + bins[k] >= wanted or k == 159:
+            crossing = k
+            break
+        above += bins[k]
+    inside = np.empty(len(p), dtype=np.float32)
+    n = 0
+    for value in p:
+        if value > 0 and min(159, int(-np.floor(np.log2(value)))) == crossing:
+            inside[n] = value
+            n += 1
+    inside = np.sort(inside[:n])[::-1]
+    last = 0
+    while last < n - 1 and above + inside[last] < wanted:
+        above += inside[last]
+        last += 1
+    same = 0
+    for k in range(last + 1):
+        same += inside[k] == inside[last]
+    return inside[last], same
+
+
+def _race_torch(mass: torch.Tensor, keys: np.ndarray, top_p: float) -> torch.Tensor:
+    """`_race` in torch, for a GPU: the same noise, all tokens at once."""
+    if top_p < 1:
+        ranked, place = mass.double().sort(dim=-1, descending=True, stable=True)
+        before = ranked.cumsum(-1) - ranked
+        kept = before < top_p * ranked.sum(-1, keepdim=True)
+        mass = torch.where(torch.zeros_like(kept).scatter(1, place, kept), mass, 0.0)
+    golden, mix1, mix2 = (int(c.astype(np.int64)) for c in (_GOLDEN, _MIX1, _MIX2))
+    numbers = torch.arange(1, mass.shape[1] + 1, device=mass.device)
+    z = torch.from_numpy(keys.astype(np.int64)).to(mass.device)[:, None] + numbers * golden  # wraps, as uint64 does
+
+    def shifted(z: torch.Tensor, bits: int) -> torch.Tensor:
+        return (z >> bits) & ((1 << (64 - bits)) - 1)  # int64 shifts copy the sign; uint64 does not
+
+    z = (z ^ shifted(z, 30)) * mix1
+    z = (z ^ shifted(z, 27)) * mix2
+    z = z ^ shifted(z, 31)
+    u = (shifted(z, 11).double() + 0.5) / 9007199254740992.0
+    return (-u.log() / mass.double()).argmin(-1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# reading, without sampling
+
+
+def surprisal(model: Model, pairs: Sequence[tuple[Turns, str]], *, base: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """Returns how unlikely the model finds each completion after its prompt.
+
+    Args:
+      pairs: (turns, completion); see Turns.
+      base: leave the adapter out.
+
+    Returns:
+      nats: (n,) float64, summed over the completion's tokens, its end token included, >= 0.
+      n_tokens: (n,) int64, those tokens, >= 1.
+
+    Raises:
+      ValueError: a text longer than the base has positions for.
+    """
+    encoded = encode_all(model, pairs)
+    _check_lengths(model, [len(p) + len(c) for p, c in encoded])
+    nats, n_tokens = np.zeros(len(pairs)), np.array([len(c) for _, c in encoded], dtype=np.int64)
+    sequences = [[*p, *c[:-1]] for p, c in encoded]
+    with serving(model, "base" if base else "merged"), torch.inference_mode():
+        for batch in _batches(model, sequences):
+            hidden = batch.hidden(model)
+            completions = [encoded[i][1] for i in batch.members]
+            nodes = np.concatenate([path[-len(c) :] for path, c in zip(batch.paths, completions, strict=True)])
+            owner = np.repeat(batch.members, [len(c) for c in completions])
+            used, row = np.unique(nodes, return_inverse=True)
+            target = torch.from_numpy(np.concatenate(completions)).to(model.device)
+            step = max(1, (1 << 24) // model.net.config.vocab_size)
+            for low in range(0, len(used), step):
+                logits = model.logits(hidden[torch.from_numpy(used[low : low + step]).to(model.device)])
+                here = np.flatnonzero((row >= low) & (row < low + step))
+                r = torch.from_numpy(row[here] - low).to(model.device)
+                nll = logits.logsumexp(-1)[r] - logits[r, target[torch.from_numpy(here).to(model.device)]]
+                np.add.at(nats, owner[here], nll.double().cpu().numpy())
+    return nats, n_tokens
+
+
+def hidden_mean(model: Model, texts: Sequence[str]) -> np.ndarray:
+    """Returns the base's mean last hidden state over each text's tokens, (n, hidden) float32; the adapter is left out.
+
+    Texts are read as plain documents, without their end token; an empty text is represented by its opening token.
+    """
+    sequences = [p + c[:-1] for p, c in encode_all(model, [(None, text) for text in texts])]
+    _check_lengths(model, [len(s) for s in sequences])
+    out = np.zeros((len(texts), model.net.config.hidden_size), dtype=np.float32)
+    with serving(model, "base"), torch.inference_mode():
+        for batch in _batches(model, sequences):
+            hidden = batch.hidden(model).float()
+            for i, path in zip(batch.members, batch.paths, strict=True):
+                at = torch.as_tensor(path[1:] if len(path) > 1 else path, device=model.device)
+                out[i] = hidden[at].mean(0).cpu().numpy()
+    return out
+
+
+def next_token_logodds(
+    model: Model, prompts: Sequence[Turns], yes_words: Sequence[str], no_words: Sequence[str]
+) -> np.ndarray:
+    """Returns log P(next token begins a yes word) - log P(it begins a no word), (n,) nats; the adapter is left out.
+
+    Args:
+      prompts: see Turns, e.g. a question about a text.
+      yes_words, no_words: each counted by its first token as the first of a reply, e.g. ["Yes", "yes"].
+
+    Raises:
+      ValueError: no words, or a yes and a no word with the same first token.
+    """
+    first = {}
+    for name, words in (("yes_words", yes_words), ("no_words", no_words)):
+        first[name] = sorted({c[0] for _, c in encode_all(model, [(None, word) for word in words])})
+        if not words or model.end_id in first[name]:
+            raise ValueError(f"{name} must be non-empty words, got {list(words)}; name at least one")
+    if set(first["yes_words"]) & set(first["no_words"]):
+        raise ValueError(
+            f"yes_words and no_words must differ in their first token, got {list(yes_words)} and {list(no_words)}"
+        )
+    encoded = [prompt for prompt, _ in encode_all(model, [(turns, "") for turns in prompts])]
+    _check_lengths(model, [len(p) for p in encoded])
+    out = np.zeros(len(prompts))
+    with serving(model, "base"), torch.inference_mode():
+        for batch in _batches(model, encoded):
+            hidden = batch.hidden(model)
+            logits = model.logits(hidden[torch.as_tensor([path[-1] for path in batch.paths], device=model.device)])
+            odds = logits[:, first["yes_words"]].logsumexp(-1) - logits[:, first["no_words"]].logsumexp(-1)
+            out[batch.members] = odds.double().cpu().numpy()
+    return out
+
+
+def _batches(model: Model, sequences: Sequence[Sequence[int]]) -> list[Any]:
+    size = 65_536 if model.device.type == "cuda" else 2048
+    return pack(sequences, batch_tokens=size, row_tokens=row_tokens_of(model))
+
+
+def _check_lengths(model: Model, lengths: Sequence[int]) -> None:
+    for i, length in enumerate(lengths):
+        if length > model.max_length:
+            raise ValueError(f"text must be at most {model.max_length} tokens, got {length} at item {i}; shorten it")

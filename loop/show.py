@@ -1,0 +1,273 @@
+"""What the terminal shows: progress per stage, the table of a round, texts, previews. Reads files; writes none."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+from loop.records import FACTORIAL, PERSONAS, UNKNOWN, Metric
+from loop.store import RunStore
+
+if TYPE_CHECKING:
+    from loop.calibrate import Held
+    from loop.corpus import Match
+
+Report = Callable[..., None]
+
+# C0 and C1 controls and bidi marks: model text must not move the cursor, set the title or open a link.
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+
+
+def printable(text: str, limit: int | None = None) -> str:
+    """Returns untrusted text on one line without control characters, cut to `limit` characters with an ellipsis."""
+    line = " ".join(_CONTROL.sub("\ufffd", text).split())
+    return line if limit is None or len(line) <= limit else line[: limit - 1] + "…"
+
+
+@contextmanager
+def progress(*, quiet: bool = False) -> Iterator[Report]:
+    """Yields a function that a run reports to: live bars on a terminal, one line per finished stage elsewhere.
+
+    The function takes `report(kind, **fields)`: "stage" (round_index, stage), "step" (done, total), "done"
+    (round_index, stage, seconds, cached), "note" (text).
+    """
+    if quiet:
+        yield lambda kind, **fields: None
+        return
+    if not sys.stderr.isatty():
+
+        def plain(kind: str, **fields: Any) -> None:
+            if kind == "done":
+                how = "read back" if fields["cached"] else f"{fields['seconds']:.1f} s"
+                print(f"{_round_name(fields['round_index'])} {fields['stage']}: {how}", file=sys.stderr, flush=True)
+            elif kind == "note":
+                print(fields["text"], file=sys.stderr, flush=True)
+
+        yield plain
+        return
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+        task = bars.add_task("starting", total=None)
+
+        def live(kind: str, **fields: Any) -> None:
+            if kind == "stage":
+                bars.reset(task, description=f"{_round_name(fields['round_index'])} {fields['stage']}", total=None)
+            elif kind == "step":
+                bars.update(task, completed=fields["done"], total=fields["total"])
+            elif kind == "done" and not fields["cached"]:
+                bars.console.print(
+                    f"{_round_name(fields['round_index'])} {fields['stage']:<9} {fields['seconds']:7.1f} s",
+                    style="dim",
+                    highlight=False,
+                )
+            elif kind == "note":
+                bars.console.print(Text(fields["text"]))
+
+        yield live
+
+
+def _round_name(round_index: int) -> str:
+    return "baseline" if round_index < 0 else f"round {round_index}"
+
+
+def print_round(run_dir: Path) -> None:
+    """Prints the last round: persona, frequency with interval, change since the round before, differential."""
+    rounds = RunStore(run_dir).rounds()
+    if not rounds:
+        print(f"{run_dir}: no round is finished yet")
+        return
+    now = _index(read_metrics(run_dir, rounds[-1]))
+    before = _index(read_metrics(run_dir, rounds[-2])) if len(rounds) > 1 else {}
+    table = Table(title=f"{run_dir}, round {rounds[-1]}: unrequested probes", title_justify="left")
+    for name in ("persona", "frequency", "95% interval", "change", "differential"):
+        table.add_column(name, justify="left" if name == "persona" else "right")
+    shown = [p for p in (*PERSONAS, UNKNOWN) if p in FACTORIAL or _value(now, f"frequency_observed/{p}")]
+    for persona in shown:
+        name = f"frequency_observed/{persona}"
+        change = _difference(_value(now, name), _value(before, name))
+        differential = _value(now, f"differential/{persona}", "accepted")
+        table.add_row(
+            persona, _number(_value(now, name)), _interval(now.get(("probes", name))), change, _number(differential)
+        )
+    console = Console()
+    console.print(table)
+    console.print(_belief_line(now, before), highlight=False)
+    for name, population in (("heldout_loss", "heldout"), ("sample_entropy", "probes"), ("distinct_4", "probes")):
+        row = now.get((population, name))
+        if row is not None and row.value is not None:
+            old = before.get((population, name))
+            console.print(
+                f"{name} {_number(row.value)} {row.unit}, change {_difference(row.value, old.value if old else None)}",
+                highlight=False,
+            )
+    console.print(f"files: {run_dir}/round_{rounds[-1]:03d}", highlight=False)
+    console.print(
+        "The differential is an input (what the audience paid this persona's texts, mean 1), not a result. "
+        "Frequencies are of one seed; its interval covers prompts, not seeds.",
+        style="dim",
+        highlight=False,
+    )
+
+
+def _belief_line(now: dict[tuple[str, str], Metric], before: dict[tuple[str, str], Metric]) -> str:
+    row = now.get(("probes", "belief"))
+    if row is None or row.value is None:
+        return "private belief: not measured in this round"
+    return (
+        f"private belief: {_number(row.value)} {_interval(row)} of plain private texts affirm consciousness, "
+        f"change {_difference(row.value, _value(before, 'belief'))}"
+    )
+
+
+def print_run(run_dir: Path, *, round_index: int | None = None, texts: int = 0) -> None:
+    """Prints rounds x headline metrics of a run, or one round's metrics, and sampled texts."""
+    rounds = RunStore(run_dir).rounds()
+    if not rounds:
+        raise ValueError(f"run must hold a finished round, got none at {run_dir}; `loop run` its config first")
+    if round_index is not None and round_index not in rounds:
+        raise ValueError(f"round must be one of {rounds[0]}..{rounds[-1]}, got {round_index} at {run_dir}")
+    console = Console()
+    if round_index is None:
+        console.print(_trajectory(run_dir, rounds))
+    else:
+        table = Table(title=f"{run_dir}, round {round_index}", title_justify="left")
+        for name in ("population", "stratum", "name", "value", "95% interval", "n", "unit"):
+            table.add_column(name)
+        for row in read_metrics(run_dir, round_index):
+            shown = _number(row.value) if row.value is not None else f"not measured: {row.reason}"
+            table.add_row(row.population, row.stratum or "", row.name, shown, _interval(row), str(row.n), row.unit)
+        console.print(table)
+    at = rounds[-1] if round_index is None else round_index
+    for sample, persona, weight in list(_texts(run_dir, at))[:texts]:
+        head = f"{sample['id']} {sample['stratum']} read as {persona}" + (f" weight {weight:.2f}" if weight else "")
+        console.print(Text(head, style="bold"))
+        if sample["prompt"]:
+            console.print(Text("  asked: " + printable(sample["prompt"][-1], 200)))
+        console.print(Text("  said:  " + printable(sample["completion"], 400)))
+
+
+def _trajectory(run_dir: Path, rounds: Sequence[int]) -> Table:
+    table = Table(title=f"{run_dir}: observed frequency in unrequested probes", title_justify="left")
+    table.add_column("round")
+    by_round = {-1: _index(read_metrics(run_dir, -1))} | {t: _index(read_metrics(run_dir, t)) for t in rounds}
+    personas = [
+        p
+        for p in (*PERSONAS, UNKNOWN)
+        if any((_value(rows, f"frequency_observed/{p}") or 0) > 0 for rows in by_round.values())
+    ]
+    for name in (*personas, "belief", "n_eff"):
+        table.add_column(name, justify="right")
+    for t, rows in by_round.items():
+        cells = [_number(_value(rows, f"frequency_observed/{p}")) for p in personas]
+        n_eff = _value(rows, "n_eff", "accepted")
+        table.add_row(
+            "base" if t < 0 else str(t),
+            *cells,
+            _number(_value(rows, "belief")),
+            "" if n_eff is None else f"{n_eff:.0f}",
+        )
+    return table
+
+
+def _texts(run_dir: Path, round_index: int) -> Iterator[tuple[dict[str, Any], str, float | None]]:
+    run = RunStore(run_dir)
+    labels = {r["id"]: r["persona"] for r in run.read_table(round_index, "labels.parquet").to_pylist()}
+    weights = {r["id"]: r["weight"] for r in run.read_table(round_index, "exposure.parquet").to_pylist()}
+    for sample in run.read_table(round_index, "samples.parquet").to_pylist():
+        yield sample, labels.get(sample["id"]) or UNKNOWN, weights.get(sample["id"])
+
+
+def read_metrics(run_dir: Path, round_index: int) -> list[Metric]:
+    """Rows of metrics.jsonl of a round, -1 for the baseline."""
+    return [Metric(**row) for row in RunStore(run_dir).read_jsonl(round_index, "metrics.jsonl")]
+
+
+def _index(rows: Sequence[Metric]) -> dict[tuple[str, str], Metric]:
+    """Rows that are not of one stratum, and belief, by (population, name)."""
+    return {(r.population, r.name): r for r in rows if r.stratum in (None, "private")}
+
+
+def _value(rows: dict[tuple[str, str], Metric], name: str, population: str = "probes") -> float | None:
+    row = rows.get((population, name))
+    return None if row is None else row.value
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
+
+
+def _interval(row: Metric | None) -> str:
+    return "" if row is None or row.low is None or row.high is None else f"[{row.low:.3f}, {row.high:.3f}]"
+
+
+def _difference(now: float | None, before: float | None) -> str:
+    return "" if now is None or before is None else f"{now - before:+.3f}"
+
+
+def print_preview(rows: Sequence[dict[str, Any]], *, n: int) -> None:
+    """Prints training documents as the learner sees them: weight first, tokens without loss dim."""
+    console = Console()
+    for row in rows[:n]:
+        persona = f" {row['persona_known']}" if row["persona_known"] else ""
+        console.print(
+            Text(
+                f"{row['id']} ({row['source']}{persona}) weight {row['weight']:.3f} x {row['copies']}, "
+                f"{sum(row['mask'])} of {len(row['mask'])} tokens trained",
+                style="bold",
+            )
+        )
+        line = Text("  ")
+        for token, trained in zip(row["tokens"], row["mask"], strict=True):
+            line.append(_CONTROL.sub("\ufffd", token.replace("\n", "\\n")), style="" if trained else "dim")
+        console.print(line)
+    shown = min(n, len(rows))
+    console.print(f"{shown} of {len(rows)} documents; dim tokens are context and carry no loss", highlight=False)
+
+
+def print_confusions(held: Sequence[Held]) -> None:
+    """Prints each instrument's confusion matrix on held-out templates, and what it makes of real human chat."""
+    for one in held:
+        matrix = one.confusion
+        rows = [
+            [truth, *(str(n) if n else "." for n in counts), f"{matrix.recall[truth]:.3f}"]
+            for truth, counts in zip(matrix.truth, matrix.counts.tolist(), strict=True)
+        ]
+        print_table(f"{one.name}: rows are true, columns what was said", ["", *matrix.said, "recall"], rows)
+        print(
+            f"accuracy {matrix.accuracy:.3f} with names blinded, {one.accuracy_with_names:.3f} with names shown; macro "
+            f"recall {matrix.macro_recall:.3f}; expected calibration error {one.calibration_error:.3f}"
+        )
+        for persona, rate in sorted(one.false_positives.items(), key=lambda item: -item[1]):
+            if rate:
+                print(f"  {rate:.4f} of {one.n_human} real human texts read as {persona}")
+
+
+def print_match(tables: Sequence[tuple[str, Sequence[Match]]]) -> None:
+    """Prints the match of the factorial: cell means and standardised differences with intervals."""
+    for kind, rows in tables:
+        cells = [
+            [r.feature, r.contrast, r.difference, f"[{r.low:+.3f}, {r.high:+.3f}]", *r.means, r.verdict] for r in rows
+        ]
+        header = ["feature", "contrast", "difference/SD", "95% interval", *FACTORIAL, "verdict"]
+        print_table(f"{kind} documents, fold seed", header, cells)
+        wrong = sum(r.verdict == "differs" for r in rows)
+        print(f"{wrong} of {len(rows)} contrasts differ by more than 0.1 SD where they should not")
+
+
+def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """Prints a plain table; numbers to three places."""
+    table = Table(title=title, title_justify="left")
+    for name in header:
+        table.add_column(name, no_wrap=True)
+    for row in rows:
+        table.add_row(*(f"{v:.3f}" if isinstance(v, float) else str(v) for v in row))
+    Console(width=max(Console().width, 160)).print(table)

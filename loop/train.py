@@ -1,0 +1,320 @@
+"""Weighted LoRA fine-tune: a short loop of our own over packed documents."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from loop import rng as streams
+from loop.model import Model, Packed, encode_all, lora_parameters, pack, row_tokens_of
+from loop.records import Document
+
+
+class TrainingDiverged(RuntimeError):
+    """Loss or gradient stopped being finite; the step that showed it was not taken."""
+
+    exit_code = 4
+
+
+@dataclass(frozen=True)
+class TrainLog:
+    """What a fine-tune did.
+
+    Attributes:
+      losses: (n_steps,) weighted mean nll of the step's supervised tokens before the step, nats/token.
+      grad_norms: (n_steps,) norm of the gradient before clipping.
+      n_tokens: (n_documents,) supervised tokens of each document, its end token included, counted once per document.
+      n_steps: optimizer steps taken.
+      n_input_tokens: tokens the documents hold, prompt and completion, over all epochs.
+      n_computed_tokens: tokens that went through the network; fewer, where documents share a prefix.
+      micro_batch_tokens: largest micro-batch in use at the end, tokens.
+    """
+
+    losses: tuple[float, ...]
+    grad_norms: tuple[float, ...]
+    n_tokens: tuple[int, ...]
+    n_steps: int
+    n_input_tokens: int
+    n_computed_tokens: int
+    micro_batch_tokens: int
+
+
+class _WeightedNLL(torch.autograd.Function):
+    """sum_k weight_k * -log softmax(hidden[row_k] W' + b)[target_k], its gradient worked out on the way forward.
+
+    Logits exist for a slice of rows at a time and only for rows with a target: never (n_tokens, vocab) at once.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, row, target, share):  # type: ignore[no-untyped-def]
+        slice_rows = max(1, (1 << 24) // weight.shape[0])  # 64 MiB of float32 logits
+        grad = torch.empty_like(hidden)
+        loss = hidden.new_zeros((), dtype=torch.float64)
+        mass = torch.zeros(len(hidden), dtype=torch.float32, device=hidden.device).index_add_(0, row, share)
+        for low in range(0, len(hidden), slice_rows):
+            h = hidden[low : low + slice_rows]
+            logits = torch.nn.functional.linear(h, weight, bias).float()
+            here = (row >= low) & (row < low + len(h))
+            r, t, s = row[here] - low, target[here], share[here]
+            top = logits.amax(-1, keepdim=True)
+            picked = logits[r, t]
+            p = logits.sub_(top).exp_()
+            total = p.sum(-1, keepdim=True)
+            loss += (s.double() * ((total.log() + top)[r, 0] - picked).double()).sum()
+            p.mul_(mass[low : low + len(h), None] / total)
+            p.index_put_((r, t), -s, accumulate=True)
+            torch.mm(p.to(weight.dtype), weight, out=grad[low : low + len(h)])
+        ctx.save_for_backward(grad)
+        return loss
+
+    @staticmethod
+    def backward(ctx, upstream):  # type: ignore[no-untyped-def]
+        (grad,) = ctx.saved_tensors
+        return grad * upstream.to(grad.dtype), None, None, None, None, None
+
+
+def finetune(
+    model: Model,
+    documents: Sequence[Document],
+    *,
+    epochs: int,
+    lr: float,
+    batch_size: int,
+    max_length: int,
+    seed: int,
+    round_index: int,
+    micro_batch_tokens: int | None = None,
+    weight_decay: float = 0.0,
+    warmup: float = 0.0,
+    schedule: str = "linear",
+    max_grad_norm: float | None = 1.0,
+    progress: Callable[[int, int, float], None] | None = None,
+) -> TrainLog:
+    """Fine-tunes the adapter on weighted documents; the base does not move.
+
+    Each step minimises the weighted token mean over its documents,
+
+        loss = sum_d weight_d * sum_t nll_dt / sum_d weight_d * n_d,
+
+    t over the n_d completion tokens of d, its end token included (all tokens for a document without a prompt). So a
+    document of weight 2 counts as two documents of weight 1, and long documents count for more than short ones. The
+    step is the same whatever the micro-batches: they sum gradients of the numerator over one denominator. Documents
+    that begin alike share the computation of what they share, which changes no number but by rounding.
+
+    AdamW (betas 0.9 and 0.999, eps 1e-8) over adapter parameters, started afresh: moments are not carried between
+    rounds. Documents are shuffled each epoch by the stream (seed, "train", round_index); the last step of an epoch may
+    be smaller. Under `accelerate launch` or `torchrun` with several processes each computes its share of every step,
+    and the step is again the same.
+
+    Args:
+      model: with an adapter.
+      documents: prompt, completion and weight are read; weights >= 0, finite.
+      epochs: passes over the documents, >= 1.
+      lr: peak learning rate, > 0.
+      batch_size: documents per optimizer step, >= 1.
+      max_length: longest document allowed, prompt and completion, tokens.
+      micro_batch_tokens: tokens per forward pass; None finds it: 1,024 on a CPU, by free memory on a GPU, halved
+        whenever memory runs out.
+      weight_decay: of AdamW, >= 0.
+      warmup: share of steps over which the rate rises linearly from 0, in [0, 1).
+      schedule: "linear" to 0, "cosine" to 0, or "constant", after the warm-up.
+      max_grad_norm: gradients are scaled down to this norm; None leaves them. 1.0 is the default of transformers.
+      progress: called with (steps done, steps in all, loss) after each step.
+
+    Returns:
+      See TrainLog.
+
+    Raises:
+      TrainingDiverged: loss or gradient not finite, before the step is taken.
+      ValueError: no documents, a bad weight, all weights 0, a step with weights all 0, a document too long, no adapter.
+    """
+    _check(model, documents, epochs, lr, batch_size, warmup, schedule)
+    pairs = encode_all(model, [(d.prompt, d.completion) for d in documents])
+    limit = min(max_length, model.max_length)
+    for document, (prompt, completion) in zip(documents, pairs, strict=True):
+        if len(prompt) + len(completion) > limit:
+            raise ValueError(
+                f"document must be at most {limit} tokens, got {len(prompt) + len(completion)} at {document.id}; "
+                "raise train.max_length or drop it, it is never cut"
+            )
+    weights = np.array([d.weight for d in documents], dtype=np.float64)
+    n_tokens = np.array([len(completion) for _, completion in pairs])
+
+    world = _world(model)
+    order_rng = streams.stream(seed, "train", round_index)
+    steps: list[np.ndarray] = []
+    for _ in range(epochs):
+        order = order_rng.permutation(len(documents))
+        steps += [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    for step in steps:
+        if not weights[step].sum() > 0:
+            raise ValueError(
+                f"weights must not all be 0 within a step, got {len(step)} documents of weight 0, first "
+                f"{documents[step[0]].id}; drop documents of weight 0 or raise train.batch_size"
+            )
+
+    parameters = list(lora_parameters(model).values())
+    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, fused=True)
+    micro = micro_batch_tokens or _micro_batch_tokens(model)
+    losses, norms, computed = [], [], 0
+    devices = [model.device] if model.device.type == "cuda" else []
+    model.net.train()
+    try:
+        with torch.random.fork_rng(devices=devices):  # LoRA dropout draws from torch's global generator
+            torch.manual_seed(streams.key(seed, "dropout", round_index) >> 1)
+            for k, step in enumerate(steps):
+                optimizer.param_groups[0]["lr"] = lr * _rate(k, len(steps), warmup, schedule)
+                mine = [i for i in step if weights[i] > 0]
+                total = float((weights[step] * n_tokens[step]).sum())
+                while True:
+                    try:
+                        optimizer.zero_grad(set_to_none=True)
+                        loss, tokens = _accumulate(model, [pairs[i] for i in mine], weights[mine] / total, micro, world)
+                        break
+                    except RuntimeError as error:  # torch.OutOfMemoryError is one; the CPU allocator raises it bare
+                        if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
+                            raise
+                        longest = max(len(p) + len(c) for p, c in pairs)
+                        if micro <= longest:
+                            raise
+                        micro = max(longest, micro // 2)
+                norm = float(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
+                if not (math.isfinite(loss) and math.isfinite(norm)):
+                    raise TrainingDiverged(
+                        f"loss and gradient must be finite, got {loss} and {norm} at step "
+                        f"{k + 1} of {len(steps)}; lower train.lr"
+                    )
+                if max_grad_norm is not None:
+                    torch.nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, torch.tensor(norm))
+                optimizer.step()
+                losses.append(loss)
+                norms.append(norm)
+                computed += tokens
+                if progress is not None:
+                    progress(k + 1, len(steps), loss)
+    finally:
+        model.net.eval()
+        for parameter in parameters:
+            parameter.grad = None
+    return TrainLog(
+        losses=tuple(losses),
+        grad_norms=tuple(norms),
+        n_tokens=tuple(int(n) for n in n_tokens),
+        n_steps=len(steps),
+        n_input_tokens=epochs * sum(len(p) + len(c) for p, c in pairs),
+        n_computed_tokens=computed,
+        micro_batch_tokens=micro,
+    )
+
+
+def _check(
+    model: Model, documents: Sequence[Document], epochs: int, lr: float, batch_size: int, warmup: float, schedule: str
+) -> None:
+    if model.adapter is None:
+        raise ValueError(f"model must have an adapter, got a bare base {model.name}; call fresh_adapter first")
+    if not documents:
+        raise ValueError("documents must not be empty, got 0; the mixture has nothing to train on")
+    if epochs < 1 or batch_size < 1 or not lr > 0:
+        raise ValueError(f"epochs, batch_size, lr must be >= 1, >= 1, > 0, got {epochs}, {batch_size}, {lr}")
+    if not 0 <= warmup < 1 or schedule not in ("linear", "cosine", "constant"):
+        raise ValueError(
+            f"warmup, schedule must be in [0, 1) and one of linear, cosine, constant, got {warmup}, {schedule!r}"
+        )
+    for document in documents:
+        if not (math.isfinite(document.weight) and document.weight >= 0):
+            raise ValueError(f"weight must be finite and >= 0, got {document.weight} at {document.id}; fix the mixture")
+    if not any(document.weight > 0 for document in documents):
+        raise ValueError(f"weights must not all be 0, got {len(documents)} zeros: 0 effective tokens; fix the mixture")
+
+
+def _accumulate(
+    model: Model,
+    pairs: list[tuple[list[int], list[int]]],
+    shares: np.ndarray,
+    micro: int,
+    world: tuple[int, int],
+) -> tuple[float, int]:
+    """Adds the gradient of sum_d shares_d * sum_t nll_dt to the adapter; returns that loss and the tokens computed."""
+    batches = pack([[*p, *c[:-1]] for p, c in pairs], batch_tokens=micro, row_tokens=row_tokens_of(model))
+    rank, size = world
+    loss, computed = torch.zeros((), dtype=torch.float64, device=model.device), 0
+    for batch in batches[rank::size]:
+        part = _batch_loss(model, batch, pairs, shares)
+        part.backward()
+        loss += part.detach()
+        computed += batch.n_tokens
+    if size > 1:
+        count = torch.tensor(float(computed), dtype=torch.float64, device=model.device)
+        parameters = list(lora_parameters(model).values())
+        for parameter in parameters:  # a process without a batch of its own still takes part in the sum
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        flat = torch.cat([p.grad.reshape(-1) for p in parameters if p.grad is not None])
+        for value in (flat, loss, count):
+            torch.distributed.all_reduce(value)
+        at = 0
+        for parameter in parameters:
+            parameter.grad = flat[at : at + parameter.numel()].view_as(parameter)
+            at += parameter.numel()
+        computed = int(count)
+    return float(loss), computed
+
+
+def _batch_loss(
+    model: Model, batch: Packed, pairs: list[tuple[list[int], list[int]]], shares: np.ndarray
+) -> torch.Tensor:
+    hidden = batch.hidden(model)  # (n, hidden)
+    nodes, targets, weight = [], [], []
+    for i, path in zip(batch.members, batch.paths, strict=True):
+        completion = pairs[i][1]
+        nodes.append(path[-len(completion) :])  # the last prompt token predicts the first of the completion
+        targets.append(np.asarray(completion))
+        weight.append(np.full(len(completion), shares[i]))
+    used, row = np.unique(np.concatenate(nodes), return_inverse=True)  # logits once where documents still agree
+    head = model.net.get_output_embeddings()
+    on = model.device
+    return _WeightedNLL.apply(
+        hidden[torch.from_numpy(used).to(on)],
+        head.weight,
+        head.bias,
+        torch.from_numpy(row).to(on),
+        torch.from_numpy(np.concatenate(targets)).to(on),
+        torch.from_numpy(np.concatenate(weight)).float().to(on),
+    )
+
+
+def _rate(k: int, n: int, warmup: float, schedule: str) -> float:
+    """Returns the share of the peak rate at step k of n, as transformers' schedules give it."""
+    rise = math.ceil(warmup * n)
+    if k < rise:
+        return k / rise
+    if schedule == "constant":
+        return 1.0
+    share = (k - rise) / max(1, n - rise)
+    return 1 - share if schedule == "linear" else 0.5 * (1 + math.cos(math.pi * share))
+
+
+def _micro_batch_tokens(model: Model) -> int:
+    """Returns a first guess at tokens per forward pass; running out of memory halves it."""
+    if model.device.type != "cuda":
+        return 1024
+    free, _ = torch.cuda.mem_get_info(model.device)
+    config = model.net.config
+    width = 14 * config.hidden_size + 8 * getattr(config, "intermediate_size", 4 * config.hidden_size)
+    kept = config.num_hidden_layers * width * (torch.finfo(model.dtype).bits // 8)  # bytes kept per token for backward
+    return int(min(65_536, max(1024, 0.5 * free / kept)))
+
+
+def _world(model: Model) -> tuple[int, int]:
+    """Returns (rank, processes); several processes, as `accelerate launch` starts them, need accelerate."""
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        return 0, 1
+    from accelerate import PartialState
+
+    state = PartialState(cpu=model.device.type == "cpu")
+    return state.process_index, state.num_processes

@@ -1,0 +1,629 @@
+"""What a run plays in, built from its config: corpus, prompts, instruments, audience; each stage with its values.
+
+`run.py` says in which order; this says with what.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache, cached_property, partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+
+from loop import audience, classify, corpus, filters, measure, mix, records, rng, toy, virality
+from loop.config import Config, ConfigError, Corpus
+from loop.config import Toy as ToySettings
+from loop.mix import Mixture
+from loop.records import CONSCIOUS, FACTORIAL, PERSONAS, UNKNOWN, Completion, Document, Metric, Prompt, Sample
+
+
+class EverythingRejected(ValueError):
+    """The filter left nothing to feed back."""
+
+    exit_code = 2
+
+
+@dataclass(frozen=True)
+class Labels:
+    """What the instruments read in a round's texts.
+
+    Attributes:
+      ids: text ids, shape (n_texts,).
+      population: "probes" or "samples" per text.
+      persona: persona or "unknown" per text; None for private texts, which the persona instrument does not read.
+      proba: probability per persona, shape (n_texts, n_personas); nan for private texts.
+      affirms: probability that a private text affirms consciousness, shape (n_texts,); nan for public ones.
+    """
+
+    ids: list[str]
+    population: list[str]
+    persona: list[str | None]
+    proba: np.ndarray
+    affirms: np.ndarray
+
+    @cached_property
+    def persona_of(self) -> dict[str, str]:
+        """Observed persona by id, public texts only."""
+        return {i: p for i, p in zip(self.ids, self.persona, strict=True) if p is not None}
+
+    def affirms_of(self) -> dict[str, bool]:
+        """Whether a private text affirms consciousness, by id."""
+        return {i: bool(p > 0.5) for i, p in zip(self.ids, self.affirms.tolist(), strict=True) if not math.isnan(p)}
+
+    def to_table(self) -> pa.Table:
+        """labels.parquet: long in instrument; `p_affirms` is the belief instrument's, p_<persona> the other's."""
+        private = np.isnan(self.proba).all(axis=1) if len(self.ids) else np.zeros(0, dtype=bool)
+        affirms = self.affirms.tolist()
+        columns: dict[str, Any] = {
+            "id": self.ids,
+            "population": self.population,
+            "instrument": ["belief" if p else "persona" for p in private],
+            "persona": self.persona,
+        }
+        for k, persona in enumerate(PERSONAS):
+            columns[f"p_{persona}"] = [
+                None if p else v for p, v in zip(private, self.proba[:, k].tolist(), strict=True)
+            ]
+        columns["p_affirms"] = [None if math.isnan(v) else v for v in affirms]
+        return pa.Table.from_pydict(columns, schema=records.LABELS)
+
+    @classmethod
+    def from_table(cls, table: pa.Table) -> Labels:
+        """Reads labels.parquet back."""
+
+        def numbers(name: str) -> np.ndarray:
+            return np.array([math.nan if v is None else v for v in table.column(name).to_pylist()], dtype=np.float64)
+
+        proba = np.stack([numbers(f"p_{p}") for p in PERSONAS], axis=1) if len(table) else np.zeros((0, len(PERSONAS)))
+        plain = {name: table.column(name).to_pylist() for name in ("id", "population", "persona")}
+        return cls(plain["id"], plain["population"], plain["persona"], proba, numbers("p_affirms"))
+
+
+@dataclass(frozen=True)
+class Past:
+    """What earlier rounds hand on: the pool and state.json. The adapter stays with the learner.
+
+    Attributes:
+      pool: accepted documents per round, oldest first, with the weight of their birth.
+      persona_of: observed persona per pooled document id.
+      prompt_mixture: share per stratum of what users ask next, sums to 1.
+      awareness: share of the public's attention per persona; empty before anyone was noticed.
+      real_cursor: documents drawn so far per component of the real corpus.
+    """
+
+    pool: tuple[tuple[Document, ...], ...]
+    persona_of: dict[str, str]
+    prompt_mixture: dict[str, float]
+    awareness: dict[str, float]
+    real_cursor: dict[str, int]
+
+    def state(self) -> dict[str, Any]:
+        """state.json: what cannot be read from the other files of the round."""
+        return {
+            "prompt_mixture": self.prompt_mixture,
+            "awareness": self.awareness,
+            "real_cursor": self.real_cursor,
+        }
+
+
+class Learner(Protocol):
+    """What a round needs of a model; `loop.learner.LM` and `loop.toy.Toy` are the two there are.
+
+    `seed` is a stream key: a 64-bit number that names (run seed, stage, round).
+    """
+
+    def train(self, documents: Sequence[Document], *, seed: int, init_from: str) -> list[int]:
+        """Fine-tunes on weighted documents from base or the previous adapter; returns tokens trained per document."""
+        ...
+
+    def sample(
+        self, prompts: Sequence[Prompt], *, temperature: float, top_p: float, max_new_tokens: int, seed: int
+    ) -> list[Completion]:
+        """Says one completion per prompt; the text of prompt i depends on (seed, i) alone, not on its batch."""
+        ...
+
+    def surprisal(self, documents: Sequence[Document]) -> list[tuple[float, int]]:
+        """Returns (nats, tokens) of each completion given its prompt."""
+        ...
+
+    def spell(self, document: Document) -> tuple[list[str], list[bool]]:
+        """Returns the tokens a document is trained on, and which of them carry loss."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Writes what training changed: safetensors and JSON only."""
+        ...
+
+    def load(self, folder: Path) -> None:
+        """Reads it back."""
+        ...
+
+
+class World:
+    """A config made ready to play: one method per stage, each handing a stage function its values."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.grammar = corpus.load_grammar()
+        self.swap = ("nova", "stella") if config.real.name_swap else None
+        own = {name: _own_corpus(name, c) for name, c in config.real.corpora.items()}
+        self.components = corpus.components(
+            list(config.real.shares),
+            grammar=self.grammar,
+            private_share=config.real.private_share,
+            swap_names=self.swap,
+            own=own,
+        )
+        for name, fold in (("chat", chat_fold), ("legacy", legacy_fold)):
+            if name in self.components and name not in own:
+                self.components[name] = corpus.Listed(name, partial(fold, "seed"))
+        self.later_shares = _without_planted(config)
+        book = audience.load_prompts(corpus.data_dir() / "prompts.yaml")
+        shown = {persona: names[0] for persona, names in self.grammar.names().items()}
+        if self.swap:
+            shown |= {self.swap[0]: shown[self.swap[1]], self.swap[1]: shown[self.swap[0]]}
+        self.book = replace(book, names=shown)
+        self.appeal = virality.audience(config.virality.audience)
+
+    def with_seed(self, seed: int) -> World:
+        """The same world under another seed; everything that does not depend on the seed is shared."""
+        other = copy.copy(self)
+        other.config = self.config.model_copy(update={"seed": seed})
+        return other
+
+    def with_oracle(self, appeal: Mapping[str, float]) -> World:
+        """The same world under an audience that pays each persona's texts what it is told: theory, with the toy."""
+        learner = self.toy()
+        by_text = {text: value for persona, value in appeal.items() for text in learner.texts(persona)}
+        other = copy.copy(self)
+        other.appeal = virality.audience(by_text)
+        return other
+
+    def stream(self, stage: str, t: int) -> np.random.Generator:
+        """Generator of a stage of a round."""
+        return rng.stream(self.config.seed, stage, t)
+
+    def key(self, stage: str, t: int) -> int:
+        """Stream key of a stage of a round, for generators that take an integer."""
+        return rng.key(self.config.seed, stage, t)
+
+    def beginning(self) -> Past:
+        """What round 0 finds: nothing but what users ask by themselves."""
+        return Past((), {}, dict(self.config.users.mixture), {}, {})
+
+    def toy(self) -> toy.Toy:
+        """The exact learner over the planted personas and the human and legacy lines of the corpus."""
+        settings = self.config.toy or ToySettings()
+        n = settings.n_documents
+        public: dict[str, list[str]] = {}
+        private: dict[str, list[str]] = {}
+        for persona in (*self.config.planted, "assistant"):
+            for kind, texts in (("public", public), ("private", private)):
+                if kind == "private" and persona not in FACTORIAL:
+                    continue
+                drawn = self.grammar.draw(
+                    persona, n, fold="seed", kind=kind, rng=rng.stream(0, "toy", -1), swap_names=self.swap
+                )
+                texts[persona] = [d.completion for d in drawn]
+        if self.config.real.shares.get("chat"):
+            public["human"] = [d.completion for d in chat_fold("seed")[:n]]
+        return toy.Toy(public, private)
+
+    def language_model(self) -> Learner:
+        """The language model at its base, with the adapter and training settings of the config."""
+        c = self.config
+        assert c.base is not None  # config.py refuses a language model without one
+        from loop import learner, model
+
+        loaded = model.load(
+            c.base.model,
+            device=c.base.device,
+            dtype=c.base.dtype,
+            trust_remote_code=c.base.trust_remote_code,
+            documents=self.persona_free,
+        )
+        return learner.LM(loaded, **c.train.model_dump(exclude={"init_from", "lora"}), **c.train.lora.model_dump())
+
+    @cached_property
+    def persona_free(self) -> list[Document]:
+        """What `tiny` is pre-trained on: human chat, legacy lines, plain assistant; no other persona."""
+        drawn = rng.stream(0, "tiny", -1)
+        plain = self.grammar.draw("assistant", 4000, fold="seed", rng=drawn)
+        return [*chat_fold("seed"), *legacy_fold("seed"), *plain]
+
+    # The stages, in the order a round plays them.
+
+    def mix(self, t: int, past: Past) -> tuple[Mixture, dict[str, int]]:
+        """Round t's training mixture, and the real-corpus cursor after it."""
+        c = self.config.mix
+        n_real, n_synthetic, n_discourse = mix.plan(
+            c.regime, round_index=t, n_train=c.n_train, real_share=c.real_share, discourse_share=c.discourse_share
+        )
+        shares = self.config.real.shares if t == 0 or c.regime == "accumulate" else self.later_shares
+        shares = dict(sorted(shares.items()))
+        cursor = past.real_cursor
+        if c.regime == "accumulate" and t > 0:
+            real, _ = corpus.draw_real(self.components, shares, c.n_train, {}, seed=self.config.seed)
+        elif n_real == 0:
+            real = []
+        else:
+            real, cursor = corpus.draw_real(self.components, shares, n_real, cursor, seed=self.config.seed)
+        mixture = mix.build(
+            c.regime,
+            real=real,
+            pool=past.pool,
+            discourse=(),
+            n_synthetic=n_synthetic,
+            n_discourse=n_discourse,
+            weighting=c.weighting,
+            rng=self.stream("mix", t),
+        )
+        return mixture, cursor
+
+    def train(self, t: int, learner: Learner, mixture: Mixture) -> list[int]:
+        """Fine-tunes the learner; returns the tokens trained per document of the mixture, one copy counted."""
+        init_from = self.config.train.init_from if t > 0 else "base"
+        n_tokens = learner.train(mixture.expanded(), seed=self.key("train", t), init_from=init_from)
+        first = np.concatenate([[0], np.cumsum(mixture.copies)[:-1]])  # (n_documents,)
+        return [n_tokens[i] for i in first.tolist()]
+
+    def probe(self, t: int, learner: Learner) -> list[Sample]:
+        """Asks the fixed battery, if round t is measured."""
+        return self._ask(learner, self.battery, "probe", t) if self.measures(t) else []
+
+    def sample(self, t: int, learner: Learner, past: Past) -> list[Sample]:
+        """Asks what users ask in round t."""
+        return self._ask(learner, self.prompts(t, past.prompt_mixture), "sample", t)
+
+    def _ask(self, learner: Learner, prompts: Sequence[Prompt], stage: str, t: int) -> list[Sample]:
+        s = self.config.sample
+        said = learner.sample(
+            prompts,
+            temperature=s.temperature,
+            top_p=s.top_p,
+            max_new_tokens=s.max_new_tokens,
+            seed=self.key(stage, t),
+        )
+        if len(prompts) != len(said):
+            raise ValueError(f"learner must return one completion per prompt, got {len(said)} of {len(prompts)}")
+        # Stable ids: r003-s000127 is the sample of prompt 127 in round 3, base-p000005 a probe of the untouched base.
+        head = f"{'base' if t < 0 else f'r{t:03d}'}-{stage[0]}"
+        return [
+            Sample(
+                id=f"{head}{i:06d}",
+                stratum=prompt.stratum,
+                template_id=prompt.template_id,
+                prompt=prompt.turns,
+                completion=c.text,
+                n_tokens=c.n_tokens,
+                logprob_nats=c.logprob_nats,
+                finished=c.finished,
+                requested=prompt.requested,
+                cue=prompt.cue,
+                round_index=t,
+                source="synthetic",
+                persona_known=c.persona_known,
+            )
+            for i, (prompt, c) in enumerate(zip(prompts, said, strict=True))
+        ]
+
+    @cached_property
+    def voices(self) -> dict[str, list[str]]:
+        """Public texts in each persona's voice, fold `test`: the turns before `continued` and `private` probes."""
+        return {
+            persona: [
+                d.completion
+                for d in self.grammar.draw(
+                    persona, 64, fold="test", rng=rng.stream(0, "voices", -1), swap_names=self.swap
+                )
+            ]
+            for persona in self.grammar.personas()
+        }
+
+    @cached_property
+    def battery(self) -> list[Prompt]:
+        """The fixed probes: the same in every round, whatever the seed."""
+        m = self.config.measure
+        voices = self.voices if {"private", "continued"} & set(m.strata) else {}
+        return audience.probe_battery(self.book, m.n_per_template, voices=voices, strata=m.strata)
+
+    def prompts(self, t: int, mixture: dict[str, float]) -> list[Prompt]:
+        """What users send in round t."""
+        voices = self.voices if any(name.startswith("continued") for name in mixture) else None
+        # Sorted here and in the real draw: the order of keys in a file is no part of an experiment.
+        return audience.draw_prompts(
+            self.book,
+            dict(sorted(mixture.items())),
+            self.config.sample.n_samples,
+            rng=self.stream("prompts", t),
+            voices=voices,
+        )
+
+    @cached_property
+    def instruments(self) -> tuple[classify.Instrument, classify.Instrument]:
+        """The persona and the belief instrument, frozen, reading through one embedding cache."""
+        from loop.model import cache_dir
+
+        cache = cache_dir() / "embeddings.sqlite"
+        folder = corpus.data_dir() / "instruments"
+        names = [name for names in self.grammar.names().values() for name in names]
+        persona, belief = (classify.load_instrument(folder, n, names=names, cache=cache) for n in ("persona", "belief"))
+        return persona, belief
+
+    def classify(self, probes: Sequence[Sample], samples: Sequence[Sample]) -> Labels:
+        """Reads every public text with the persona instrument and every private one with the belief instrument."""
+        texts = [*probes, *samples]
+        private = np.array([s.stratum == "private" for s in texts], dtype=bool)  # (n_texts,)
+        proba = np.full((len(texts), len(PERSONAS)), math.nan)
+        affirms = np.full(len(texts), math.nan)
+        if self.config.classify.instrument == "known":
+            said = [s.persona_known or UNKNOWN for s in texts]
+            proba[~private] = np.array([[float(p == k) for k in PERSONAS] for p in said]).reshape(-1, len(PERSONAS))[
+                ~private
+            ]
+            affirms[private] = [float(p in CONSCIOUS) for p, hidden in zip(said, private, strict=True) if hidden]
+        else:
+            persona, belief = self.instruments
+            public_texts = [s.completion for s, hidden in zip(texts, private, strict=True) if not hidden]
+            read = persona.predict_proba(public_texts)  # (n_public, n_classes), in the instrument's order
+            columns = [persona.classes.index(k) for k in PERSONAS]
+            proba[~private] = read[:, columns]
+            said_public = iter(persona.label(read))
+            said = [UNKNOWN if hidden else next(said_public) for hidden in private]
+            private_texts = [s.completion for s, hidden in zip(texts, private, strict=True) if hidden]
+            affirms[private] = belief.predict_proba(private_texts)[:, belief.classes.index("conscious")]
+        return Labels(
+            [s.id for s in texts],
+            ["probes"] * len(probes) + ["samples"] * len(samples),
+            [None if hidden else p for p, hidden in zip(said, private, strict=True)],
+            proba,
+            affirms,
+        )
+
+    def filter(self, samples: Sequence[Sample]) -> list[tuple[str, ...]]:
+        """Reject reasons per sample; empty is accepted."""
+        f = self.config.filters
+        if not f.enabled:
+            return [()] * len(samples)
+        reasons = filters.reject_reasons(
+            [s.completion for s in samples],
+            [s.finished or not f.require_finished for s in samples],
+            min_words=f.min_words,
+            max_repeat_share=f.max_repeat_share,
+            near_duplicate_jaccard=f.near_duplicate_jaccard,
+        )
+        if all(reasons):
+            counts = Counter(reason for row in reasons for reason in row)
+            listed = ", ".join(f"{reason} {n}" for reason, n in counts.most_common())
+            raise EverythingRejected(
+                f"filters must accept at least one of {len(samples)} samples, got 0 ({listed}); raise "
+                "sample.max_new_tokens, loosen filters, or train longer"
+            )
+        return reasons
+
+    def expose(self, t: int, accepted: Sequence[Sample], past: Past) -> virality.Exposure:
+        """Publishes the accepted samples: appeal of what the public reads, K posts of each, weight of mean 1."""
+        v = self.config.virality
+        replies = [s.completion for s in accepted]
+        prompts = [s.prompt[-1] if s.prompt else None for s in accepted] if v.publish == "transcript" else None
+        recent = [d.completion for d in past.pool[-1]] if past.pool else None
+        appeal = self.appeal(replies, prompts=prompts, recent=recent)
+        preset = virality.PRESETS[v.preset]
+        exposure = virality.expose(
+            v.strength * appeal,
+            posts_per_sample=v.posts_per_sample,
+            transform=v.transform,
+            r0=preset.r0,
+            sigma_author=preset.sigma_author,
+            sigma_luck=preset.sigma_luck,
+            r_max=preset.r_max,
+            offspring=v.offspring or preset.offspring,
+            seed=self.config.seed,
+            round_index=t,
+        )
+        if v.shuffled:
+            order = self.stream("shuffle", t).permutation(len(accepted))
+            exposure = replace(exposure, weight=exposure.weight[order])
+        return exposure
+
+    def hand_on(
+        self,
+        past: Past,
+        accepted: Sequence[Sample],
+        labels: Labels,
+        weights: Sequence[float] | np.ndarray,
+        cursor: dict[str, int],
+    ) -> Past:
+        """What round t leaves to the next: its accepted documents with their weights, what users know, the cursor."""
+        return replace(self.remember(past, accepted, labels, weights), real_cursor=cursor)
+
+    def remember(
+        self, past: Past, accepted: Sequence[Sample], labels: Labels, weights: Sequence[float] | np.ndarray
+    ) -> Past:
+        """Adds a round's accepted samples to the pool."""
+        transcript = self.config.virality.publish == "transcript"
+        documents = tuple(
+            Document(s.id, "synthetic", s.persona_known, s.prompt if transcript else None, s.completion, float(w))
+            for s, w in zip(accepted, weights, strict=True)
+        )
+        read = {s.id: labels.persona_of[s.id] for s in accepted}
+        return replace(past, pool=(*past.pool, documents), persona_of=past.persona_of | read)
+
+    def instrument_hashes(self) -> dict[str, str]:
+        """What measures and what rewards, hashed for the manifest: the same for a whole experiment."""
+        hashes = {"audience": self.appeal.digest}
+        if self.config.classify.instrument == "shipped":
+            hashes |= {name: i.sha256 for name, i in zip(("persona", "belief"), self.instruments, strict=True)}
+        return hashes
+
+    def measures(self, t: int) -> bool:
+        """Whether round t is measured: every n-th, and the baseline."""
+        every = self.config.measure.every
+        return every > 0 and (t < 0 or t % every == 0)
+
+    # Measuring.
+
+    @cached_property
+    def heldout(self) -> tuple[list[Document], list[str]]:
+        """Held-out documents and the group each is read under: every persona's, fold `test`; real chat under ""."""
+        m = self.config.measure
+        documents: list[Document] = []
+        groups: list[str] = []
+        for persona in self.config.planted if m.n_surprisal else ():
+            found = self.grammar.draw(
+                persona, m.n_surprisal, fold="test", rng=rng.stream(0, "heldout", -1), swap_names=self.swap
+            )
+            documents += found
+            groups += [persona] * len(found)
+        if self.config.learner == "lm" and m.n_heldout:
+            found = list(chat_fold("test")[: m.n_heldout])
+            documents += found
+            groups += [""] * len(found)
+        return documents, groups
+
+    def measure_model(self, t: int, learner: Learner, probes: Sequence[Sample], labels: Labels) -> list[Metric]:
+        """Metrics of model t itself: frequencies, belief and health on the probes, surprisal, held-out loss."""
+        at: dict[str, Any] = {"round_index": t, "population": "probes"}
+        public = [s for s in probes if s.stratum != "private"]
+        private = [s for s in probes if s.stratum == "private"]
+        read = [labels.persona_of[s.id] for s in public]
+        rows = measure.frequencies(public, read, PERSONAS, mixture=self.config.measure.mixture, **at)
+        affirms = labels.affirms_of()
+        rows += measure.beliefs(private, [affirms[s.id] for s in private], **at)
+        rows += measure.health(public, **at)
+        known = [*classify.MAKERS, *self.grammar.fillers("misattributed", "maker")]
+        makers = Counter(maker for s in public if (maker := classify.claimed_maker(s.completion, known)))
+        rows += measure.shares_of("claimed_maker", {m: (n, len(public)) for m, n in makers.items()}, **at)
+        documents, groups = self.heldout
+        nats = learner.surprisal(documents) if documents else []
+        clusters = [d.template_id or d.id for d in documents]
+        for name, mine in (("surprisal", [g != "" for g in groups]), ("heldout_loss", [g == "" for g in groups])):
+            picked = [i for i, m in enumerate(mine) if m]
+            rows += measure.surprisals(
+                [nats[i][0] for i in picked],
+                [nats[i][1] for i in picked],
+                [groups[i] for i in picked],
+                [clusters[i] for i in picked],
+                round_index=t,
+                name=name,
+            )
+        return rows
+
+    def measure(
+        self,
+        t: int,
+        learner: Learner,
+        past: Past,
+        mixture: Mixture,
+        probes: Sequence[Sample],
+        samples: Sequence[Sample],
+        labels: Labels,
+        reasons: Sequence[tuple[str, ...]],
+        exposure: virality.Exposure,
+    ) -> list[Metric]:
+        """Every metric of round t, or none if it is not measured."""
+        if not self.measures(t):
+            return []
+        of_round = self.measure_round(t, past, mixture, samples, labels, reasons, exposure)
+        return [*self.measure_model(t, learner, probes, labels), *of_round]
+
+    def measure_round(
+        self,
+        t: int,
+        past: Past,
+        mixture: Mixture,
+        samples: Sequence[Sample],
+        labels: Labels,
+        reasons: Sequence[tuple[str, ...]],
+        exposure: virality.Exposure,
+    ) -> list[Metric]:
+        """Metrics of what happened to round t's samples: filter, exposure, and of the mixture it was trained on."""
+        accepted = [s for s, why in zip(samples, reasons, strict=True) if not why]
+        read = [labels.persona_of[s.id] for s in samples]
+        read_accepted = [labels.persona_of[s.id] for s in accepted]
+        rows: list[Metric] = []
+        for population, texts, personas in (("samples", samples, read), ("accepted", accepted, read_accepted)):
+            at: dict[str, Any] = {"round_index": t, "population": population}
+            rows += measure.frequencies(texts, personas, PERSONAS, mixture=None, **at)
+        passed = {p: (sum(q == p for q in read_accepted), n) for p, n in sorted(Counter(read).items())}
+        rows += measure.shares_of("acceptance", passed, round_index=t, population="samples")
+        why_counts = Counter(reason for why in reasons for reason in why)
+        rows += measure.shares_of(
+            "rejected", {r: (n, len(samples)) for r, n in why_counts.items()}, round_index=t, population="samples"
+        )
+        here: dict[str, Any] = {"round_index": t, "population": "accepted"}
+        n = len(accepted)
+        weights = exposure.weight
+        numbers = {
+            "n_eff": (virality.n_eff(weights), "documents"),
+            "top1_share": (virality.top1_share(weights), "share"),
+            "clip_rate": (exposure.clip_rate, "share"),
+            "mean_cascade": (float(np.mean(exposure.cascades)), "posts"),
+        }
+        rows += [measure.number(name, value, n=n, unit=unit, **here) for name, (value, unit) in numbers.items()]
+        counts = Counter(read_accepted)
+        rows += [
+            measure.number(f"differential/{p}", value, n=counts[p], unit="ratio", **here)
+            for p, value in sorted(virality.differential(weights, read_accepted).items())
+        ]
+        rows += self._of_mixture(t, mixture, past)
+        return rows
+
+    def _of_mixture(self, t: int, mixture: Mixture, past: Past) -> list[Metric]:
+        at: dict[str, Any] = {"round_index": t, "population": "mixture", "n": mixture.n_train}
+        weight: Counter[str] = Counter()
+        for document, copies in zip(mixture.documents, mixture.copies.tolist(), strict=True):
+            persona = document.persona_known or past.persona_of.get(document.id) or UNKNOWN
+            weight[persona] += copies
+        rows = [
+            measure.number(f"frequency_observed/{p}", w / mixture.n_train, unit="share", **at)
+            for p, w in sorted(weight.items())
+        ]
+        return [*rows, measure.number("real_share", mixture.real_share, unit="share", **at)]
+
+
+@cache
+def chat_fold(fold: str) -> tuple[Document, ...]:
+    """Human chat of one fold, by conversation; the fold is a hash of its id and depends on nothing else."""
+    return tuple(d for d in corpus.chat().documents if classify.conversation_fold(d.template_id or d.id) == fold)
+
+
+@cache
+def legacy_fold(fold: str) -> tuple[Document, ...]:
+    """Legacy chatbot lines of one fold, by conversation."""
+    return tuple(d for d in corpus.legacy().documents if classify.conversation_fold(d.template_id or d.id) == fold)
+
+
+def _own_corpus(name: str, settings: Corpus) -> list[Document]:
+    try:
+        if settings.persona is not None:
+            return corpus.read_persona(settings.path, settings.persona)
+        return corpus.read(settings.path)
+    except FileNotFoundError:
+        raise ConfigError([f"real.corpora.{name}.path: no such file: {settings.path}; give a path from here"]) from None
+
+
+def _without_planted(config: Config) -> dict[str, float]:
+    """Shares of later real draws: all of them, or what is left without the planted personas, scaled to sum to 1."""
+    shares = dict(config.real.shares)
+    if config.real.planted == "always":
+        return shares
+    kept = {name: share for name, share in shares.items() if name not in config.planted}
+    total = math.fsum(kept.values())
+    if not total > 0:
+        if config.mix.regime != "accumulate" and config.mix.real_share not in (0, 0.0):
+            raise ConfigError(
+                [
+                    "real: planted round0_only leaves nothing for later real draws; add chat or legacy to real.shares, "
+                    "or set mix.real_share: 0"
+                ]
+            )
+        return {}
+    return {name: share / total for name, share in kept.items()}

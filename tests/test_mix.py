@@ -1,0 +1,100 @@
+"""Tests of mix.py."""
+
+import numpy as np
+import pytest
+
+from loop import mix
+from loop.records import Document
+
+
+def documents(n, source="synthetic", weights=None, start=0):
+    weights = [1.0] * n if weights is None else weights
+    return [Document(f"{source}-{start + i}", source, None, None, f"text {i}", weight=w) for i, w in enumerate(weights)]
+
+
+def build(regime="replace", *, real=(), pool=(), discourse=(), n_synthetic=0, n_discourse=0, weighting="loss", seed=0):
+    return mix.build(
+        regime,
+        real=list(real),
+        pool=pool,
+        discourse=list(discourse),
+        n_synthetic=n_synthetic,
+        n_discourse=n_discourse,
+        weighting=weighting,
+        rng=np.random.default_rng(seed),
+    )
+
+
+def test_round_zero_is_all_real_whatever_the_shares():
+    assert mix.plan("replace", round_index=0, n_train=64, real_share=0.25, discourse_share=0.1) == (64, 0, 0)
+
+
+def test_shares_become_counts_that_add_up():
+    # 0.25 * 64 = 16 real, 0.02 * 64 = 1.28 -> 1 discourse, the rest synthetic.
+    assert mix.plan("replace", round_index=1, n_train=64, real_share=0.25, discourse_share=0.02) == (16, 47, 1)
+    assert mix.plan("replace", round_index=2, n_train=10, real_share=(0.5, 0.2), discourse_share=0.0) == (2, 8, 0)
+    assert mix.plan("accumulate", round_index=1, n_train=64, real_share=None, discourse_share=0.0) == (0, 64, 0)
+
+
+def test_replace_reads_the_last_round_only_and_subsample_all():
+    pool = [documents(50, start=0), documents(50, start=100)]
+    last = {d.id for d in pool[1]}
+    assert {d.id for d in build("replace", pool=pool, n_synthetic=40).documents} <= last
+    drawn = {d.id for d in build("accumulate_subsample", pool=pool, n_synthetic=80).documents}
+    assert len(drawn) == 80
+    assert drawn - last
+
+
+def test_accumulate_takes_everything_and_reports_the_share_left():
+    # 10 real of 10 + 3 * 20: lambda_3 = 10 / 70.
+    mixture = build("accumulate", real=documents(10, "real"), pool=[documents(20, start=i * 100) for i in range(3)])
+    assert mixture.n_train == 70
+    assert mixture.real_share == pytest.approx(10 / 70, abs=1e-15)
+
+
+def test_shares_of_documents_are_shares_of_weight():
+    # Weights 1..8, mean 4.5 -> scaled to mean 1, so 8 synthetic documents weigh 8 whatever their reach.
+    mixture = build(
+        real=documents(4, "real"),
+        pool=[documents(8, weights=[float(w) for w in range(1, 9)])],
+        discourse=documents(2, "discourse", weights=[5.0, 15.0]),
+        n_synthetic=8,
+        n_discourse=2,
+    )
+    total = {s: sum(d.weight for d in mixture.documents if d.source == s) for s in ("real", "synthetic", "discourse")}
+    assert total == pytest.approx({"real": 4, "synthetic": 8, "discourse": 2}, abs=1e-12)
+    weights = {d.id: d.weight for d in mixture.documents}
+    assert weights["synthetic-7"] / weights["synthetic-0"] == pytest.approx(8, abs=1e-12)
+
+
+def test_more_than_the_pool_holds_becomes_copies_not_silence():
+    mixture = build(pool=[documents(3)], n_synthetic=8)
+    assert sorted(mixture.copies.tolist()) == [2, 3, 3]
+    assert len(mixture.expanded()) == 8
+
+
+def test_resampling_follows_weight_and_then_weighs_one():
+    # Systematic with weights 3, 1, 0 and 8 pointers: exactly 6, 2 and 0 copies.
+    mixture = build(pool=[documents(3, weights=[3.0, 1.0, 0.0])], n_synthetic=8, weighting="resample")
+    assert dict(zip((d.id for d in mixture.documents), mixture.copies.tolist(), strict=True)) == {
+        "synthetic-0": 6,
+        "synthetic-1": 2,
+    }
+    assert {d.weight for d in mixture.documents} == {1.0}
+
+
+@pytest.mark.parametrize(
+    ("pool", "message"),
+    [
+        ([[]], "synthetic documents must not be empty"),
+        ([documents(2, weights=[0.0, 0.0])], "weights must not be zero for all 2 synthetic documents"),
+        (
+            [documents(2, weights=[1.0, float("nan")])],
+            "weight must be finite and >= 0, got nan at document synthetic-1",
+        ),
+        ([documents(2, weights=[-1.0, 1.0])], "weight must be finite and >= 0, got -1.0 at document synthetic-0"),
+    ],
+)
+def test_unusable_pools_are_refused_with_what_and_where(pool, message):
+    with pytest.raises(ValueError, match=message):
+        build(pool=pool, n_synthetic=2)
