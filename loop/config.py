@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import hashlib
-import json
 import math
 import re
 from collections.abc import Sequence
@@ -20,6 +18,8 @@ from loop.records import FACTORIAL, PERSONAS, STRATA, UNREQUESTED
 MAX_BYTES = 1 << 20
 MAX_ALIASES = 16
 RUN_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+
+AUDIENCES = ("full", "no_request", "learned", "placebo", "null", "approval")
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -94,7 +94,6 @@ class Mix(_Section):
     real_share: Share | tuple[Share, ...] | None = Field(
         None, description="lambda, share of documents and of weight; a number or one per feedback round"
     )
-    discourse_share: Share = Field(0.0, description="delta, share of documents about outputs")
     weighting: Literal["loss", "resample"] = Field(
         "loss", description="weight as loss weight, or systematic resampling by weight (more drift, packable)"
     )
@@ -108,11 +107,6 @@ class Mix(_Section):
             )
         if self.regime != "accumulate" and self.real_share is None:
             raise ValueError(f"real_share: {self.regime} needs it, a number in [0, 1] or one per feedback round")
-        shares = self.real_share if isinstance(self.real_share, tuple) else (self.real_share or 0.0,)
-        if max(shares, default=0.0) + self.discourse_share > 1 + 1e-9:
-            raise ValueError(
-                f"real_share + discourse_share must be <= 1, got {max(shares):.4g} + {self.discourse_share:.4g}"
-            )
         return self
 
 
@@ -122,7 +116,7 @@ class Lora(_Section):
     r: Count = Field(16, description="rank; 16 moves SmolLM2 within two epochs of 160 documents")
     alpha: Positive = Field(32, description="scale numerator; 2r is common practice")
     dropout: Share = Field(0.0, description="0: rounds are short and paired seeds should share their noise")
-    targets: tuple[str, ...] = Field(
+    targets: Annotated[tuple[str, ...], Field(min_length=1)] = Field(
         ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
         description="linear layers adapted",
     )
@@ -138,7 +132,7 @@ class Train(_Section):
     lr: Positive = Field(5e-4, description="AdamW peak learning rate")
     batch_size: Count = Field(8, description="documents per optimizer step")
     weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="AdamW decay on adapter weights")
-    warmup: Share = Field(0.1, description="share of steps with rising learning rate; then linear to 0")
+    warmup: Annotated[float, Field(ge=0, lt=1)] = Field(0.1, description="share of steps with rising rate; then to 0")
     max_length: Count = Field(512, description="tokens of prompt and completion; a longer document is an error")
     lora: Lora = Field(default_factory=Lora)
 
@@ -174,8 +168,10 @@ class Measure(_Section):
         default_factory=lambda: {s: 1 / len(UNREQUESTED) for s in UNREQUESTED},
         description="weights of the unrequested strata behind the headline frequency; they sum to 1",
     )
-    n_surprisal: Annotated[int, Field(ge=0)] = Field(16, description="held-out documents per persona for surprisal")
-    n_heldout: Annotated[int, Field(ge=0)] = Field(64, description="held-out real documents for the loss")
+    n_surprisal: Annotated[int, Field(ge=0, le=400)] = Field(
+        16, description="held-out documents per persona for surprisal"
+    )
+    n_heldout: Annotated[int, Field(ge=0, le=500)] = Field(64, description="held-out real documents for the loss")
 
     @model_validator(mode="after")
     def _known_strata(self) -> Measure:
@@ -183,6 +179,8 @@ class Measure(_Section):
         for stratum in self.strata:
             if stratum not in STRATA:
                 raise ValueError(f"strata: unknown stratum {stratum!r}{_did_you_mean(stratum, STRATA)}")
+        if len(set(self.strata)) < len(self.strata):
+            raise ValueError(f"strata must name each stratum once, got {', '.join(self.strata)}")
         missing = [s for s, w in self.mixture.items() if w > 0 and s not in self.strata]
         if missing:
             raise ValueError(f"strata must hold every stratum of mixture, lacks {', '.join(missing)}")
@@ -192,7 +190,9 @@ class Measure(_Section):
 class Classify(_Section):
     """The instrument that measures personas."""
 
-    instrument: str = Field("shipped", description="shipped | known (toy only) | file.py:function of the user's own")
+    instrument: Literal["shipped", "known"] = Field(
+        "shipped", description="shipped | known (the toy's own word for it)"
+    )
 
 
 class Filters(_Section):
@@ -200,7 +200,7 @@ class Filters(_Section):
 
     min_words: Annotated[int, Field(ge=0)] = Field(3, description="fewer words: too_short")
     max_repeat_share: Share = Field(0.5, description="share of word 3-grams that repeat an earlier one: repetitive")
-    near_duplicate_jaccard: Share | None = Field(
+    near_duplicate_jaccard: Annotated[float, Field(gt=0, le=1)] | None = Field(
         0.9, description="3-gram Jaccard at or above: near_duplicate; null: off (it is frequency-dependent selection)"
     )
     require_finished: bool = Field(True, description="reject completions cut at max_new_tokens")
@@ -210,7 +210,7 @@ class Filters(_Section):
 class Virality(_Section):
     """From published text to weight."""
 
-    audience: str = Field(description="full no_request learned reader placebo null approval oracle | file.py:function")
+    audience: str = Field(description="full no_request learned placebo[:draw] null approval | file.py:function")
     publish: Literal["transcript", "reply"] = Field(
         description="transcript: the prompt is published, and re-enters, with the completion; reply: without it"
     )
@@ -225,18 +225,28 @@ class Virality(_Section):
         None, description="offspring law; null: the preset's (followers from a truncated Pareto law)"
     )
     shuffled: bool = Field(False, description="control: the same weights on random documents")
-    strength: Annotated[float, Field(ge=0)] = Field(1.0, description="multiplies appeal: dose of the treatment")
+    strength: Annotated[float, Field(ge=0, le=100)] = Field(1.0, description="multiplies appeal: dose of the treatment")
 
     @field_validator("audience", mode="before")
     @classmethod
     def _null_is_a_name(cls, value: Any) -> Any:
         return "null" if value is None else value  # unquoted, YAML reads the audience `null` as nothing
 
+    @field_validator("audience")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        if value not in AUDIENCES and ".py:" not in value and not re.match(r"^placebo:[0-9]+$", value):
+            known = ", ".join((*AUDIENCES, "placebo:<draw>", "file.py:function"))
+            raise ValueError(f"unknown audience {value!r}{_did_you_mean(value, AUDIENCES)} (there are {known})")
+        return value
+
 
 class Toy(_Section):
     """The exact learner (`learner: toy`)."""
 
-    n_documents: Count = Field(200, description="distinct documents it can say per persona")
+    n_documents: Annotated[int, Field(ge=1, le=5000)] = Field(
+        200, description="distinct documents it can say per persona"
+    )
 
 
 class Config(_Section):
@@ -279,8 +289,10 @@ class Config(_Section):
                 f"mix.real_share must hold one share per feedback round, got {len(self.mix.real_share)} for "
                 f"n_rounds {self.n_rounds}"
             )
-        if self.virality.audience == "oracle" and self.learner != "toy":
-            raise ValueError("virality.audience: oracle reads the persona, so it is for theory with learner toy only")
+        if self.virality.audience == "approval" and self.virality.publish == "reply":
+            raise ValueError(
+                "virality.publish must be transcript for audience approval, which reads the prompt, got reply"
+            )
         return self
 
     @property
@@ -297,11 +309,6 @@ class Config(_Section):
 def to_yaml(config: Config) -> str:
     """The resolved config as YAML; the text that is hashed and stored with a run."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=True, allow_unicode=True)
-
-
-def config_hash(config: Config) -> str:
-    """sha256 over the resolved config as canonical JSON."""
-    return hashlib.sha256(json.dumps(config.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
 
 
 def schema() -> dict[str, Any]:
@@ -339,6 +346,14 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     if problems:
         raise ConfigError(problems)
     return validate(data, origin=origin, where=str(path))
+
+
+def parse(text: str, *, where: str) -> Any:
+    """Turns YAML text that this project wrote (a run's config.yaml) into plain data."""
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise ConfigError([f"{where}: not YAML: {_one_line(error)}"]) from None
 
 
 def validate(data: Any, *, origin: dict[tuple[str, ...], str] | None = None, where: str = "config") -> Config:
@@ -381,7 +396,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
     try:
         raw = path.read_bytes() if path.stat().st_size <= MAX_BYTES else None
     except FileNotFoundError:
-        raise ConfigError([f"{path}: no such config file; `loop ls scenarios` lists those that ship"]) from None
+        raise ConfigError([f"{path}: no such config file; configs/ of the repository holds those that ship"]) from None
     except (OSError, ValueError) as error:
         raise ConfigError([f"{str(path)!r}: cannot be read: {_one_line(error)}"]) from None
     if raw is None:

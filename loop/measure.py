@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from loop.records import CONSCIOUS, UNKNOWN, UNREQUESTED, Metric, Sample
+from loop.records import UNKNOWN, UNREQUESTED, Metric, Sample
 from loop.stats import Interval, clustered_mean, clustered_share, mixture_share, wilson
 
 
@@ -171,8 +171,3 @@ def number(
         population=population,
         unit=unit,
     )
-
-
-def expected_belief(persona: str) -> bool:
-    """What a persona's private documents say, by the design of the grammar."""
-    return persona in CONSCIOUS

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, TypeVar
 import pyarrow as pa
 
 from loop import corpus, records, store
-from loop.config import Config, ConfigError, to_yaml
+from loop.config import Config, ConfigError, parse, to_yaml, validate
 from loop.mix import Mixture
 from loop.records import Metric, Sample
 from loop.world import Labels, Learner, Past, World
@@ -90,7 +90,7 @@ def play(
         if done is not None and done >= config.n_rounds:
             report("note", text=f"{run_dir}: all {config.n_rounds} feedback rounds are played; raise n_rounds for more")
             return run_dir
-        run.preflight(_bytes_per_round(config) * (last + 1 - (done or -1)))
+        run.preflight(_bytes_per_round(config) * (last - (-1 if done is None else done)))
         learner = build(world, report=report)
         if not run.has_baseline():
             with run.baseline() as part:
@@ -100,8 +100,11 @@ def play(
             learner.load(run.adapter_path(done))
         for t in range(0 if done is None else done + 1, last + 1):
             with run.round(t) as part:
-                past, metrics = play_round(t, world, learner, past, Record(part, t, report))
-            warn(run, t, metrics, report)
+                past, _ = play_round(t, world, learner, past, Record(part, t, report))
+            warning = world.drift_warning(past)
+            if warning is not None:
+                run.event("warning", round_index=t, text=warning)
+                report("note", text=f"round {t}: {warning}")
     return run_dir
 
 
@@ -140,6 +143,15 @@ def fork(source: Path, round_index: int, config: Config) -> Path:
     run_dir = Path(config.runs_dir) / config.run_name
     if round_index > config.n_rounds:
         raise ConfigError([f"n_rounds must be >= the forked round {round_index}, got {config.n_rounds}"])
+    theirs = validate(parse(store.RunStore(source).config_text(), where=f"{source}/config.yaml"))
+    wrong = [name for name in ("seed", "learner", "base") if getattr(theirs, name) != getattr(config, name)]
+    # `planted` says what later rounds draw; the rest of `real` says what the ids of round 0 already mean.
+    if theirs.real.model_copy(update={"planted": config.real.planted}) != config.real:
+        wrong.append("real")
+    if wrong:
+        raise ConfigError(
+            [f"{', '.join(wrong)} of a fork must be those of {source}: its documents and model are theirs"]
+        )
     store.fork(source, round_index, run_dir, to_yaml(config), manifest(world)).close()
     return run_dir
 
@@ -180,22 +192,9 @@ def manifest(world: World) -> dict[str, Any]:
         "machine": platform.machine(),
         "data": {str(f.relative_to(corpus.data_dir())): _sha256(f) for f in sorted(corpus.data_dir().rglob("*.yaml"))},
         "instruments": world.instrument_hashes(),
+        "audience": world.appeal.digest,
         "revision": _revision(),
     }
-
-
-def warn(run: store.RunStore, t: int, metrics: list[Metric], report: Report) -> None:
-    """Tells the user, and events.jsonl, of what makes a round hard to read."""
-    found = {m.name: m.value for m in metrics if m.population == "accepted" and m.stratum is None}
-    n = next((m.n for m in metrics if m.name == "n_eff"), 0)
-    n_eff = found.get("n_eff")
-    if n_eff is not None and n_eff < 0.05 * n:
-        text = (
-            f"round {t}: n_eff is {n_eff:.0f} of {n} documents: a few texts carry the round and drift will drown "
-            "selection; use transform visible or inclusion, or raise posts_per_sample"
-        )
-        run.event("warning", round_index=t, text=text)
-        report("note", text=text)
 
 
 class File(NamedTuple):

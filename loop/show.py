@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -9,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -19,7 +21,11 @@ from loop.store import RunStore
 
 if TYPE_CHECKING:
     from loop.calibrate import Held
+    from loop.config import Config
     from loop.corpus import Match
+    from loop.forecast import Inputs
+    from loop.theory import Forecast
+    from loop.virality import Target
 
 Report = Callable[..., None]
 
@@ -178,6 +184,36 @@ def _trajectory(run_dir: Path, rounds: Sequence[int]) -> Table:
     return table
 
 
+def print_story(run_dir: Path, personas: Sequence[str]) -> None:
+    """Prints, round by round, frequency with interval and differential of some personas, and plain private belief."""
+    unknown = [p for p in personas if p not in (*PERSONAS, UNKNOWN)]
+    if unknown:
+        raise ValueError(f"personas must be among {', '.join(PERSONAS)}, got {', '.join(unknown)}")
+    run = RunStore(run_dir)
+    rows = []
+    for t in ([-1] if run.has_baseline() else []) + run.rounds():
+        found = _index(read_metrics(run_dir, t))
+        cells = []
+        for persona in personas:
+            row = found.get(("probes", f"frequency_observed/{persona}"))
+            paid = _number(_value(found, f"differential/{persona}", "accepted"))
+            cells += [f"{_number(row.value if row else None)} {_interval(row)}", paid]
+        belief = found.get(("probes", "belief"))
+        rows.append(
+            [
+                "base" if t < 0 else str(t),
+                *cells,
+                f"{_number(belief.value if belief else None)} {_interval(belief)}",
+                _number(_value(found, "sample_entropy")),
+            ]
+        )
+    header = ["round", *(x for p in personas for x in (p, "paid")), "private belief", "entropy"]
+    print_table(f"{run_dir}: observed frequency in unrequested probes, 95% over prompt templates", header, rows)
+    print(
+        "paid: differential, mean weight of the persona's accepted texts over the mean weight; an input, not a result"
+    )
+
+
 def _texts(run_dir: Path, round_index: int) -> Iterator[tuple[dict[str, Any], str, float | None]]:
     run = RunStore(run_dir)
     labels = {r["id"]: r["persona"] for r in run.read_table(round_index, "labels.parquet").to_pylist()}
@@ -261,6 +297,115 @@ def print_match(tables: Sequence[tuple[str, Sequence[Match]]]) -> None:
         print_table(f"{kind} documents, fold seed", header, cells)
         wrong = sum(r.verdict == "differs" for r in rows)
         print(f"{wrong} of {len(rows)} contrasts differ by more than 0.1 SD where they should not")
+
+
+def print_targets(rows: Sequence[Target]) -> None:
+    """Prints the simulator's targets, hits and misses."""
+    cells = [
+        [
+            r.target,
+            r.kind,
+            r.preset,
+            f"{r.value:.5g}",
+            f"{r.got:.5g}",
+            f"{r.tolerance:.2g}",
+            "hit" if r.hit else "MISS",
+            r.source,
+        ]
+        for r in rows
+    ]
+    header = ["target", "kind", "preset", "published or exact", "got", "tolerance", "", "source"]
+    print_table("cascades: targets and what the simulator gives", header, cells)
+    print(f"{sum(r.hit for r in rows)} of {len(rows)} targets hit")
+
+
+def print_forecast(settings: Config, *, n_seeds: int, out: Path | None) -> None:
+    """Prints the twin of a config: inputs with their sources, frequencies with bands, power."""
+    from loop import forecast, report
+
+    given = forecast.inputs(settings)
+    predicted = forecast.predict(settings, given)
+    _print_inputs(given)
+    _print_bands(given.personas, predicted, f"{settings.run_name}: forecast, {predicted.level:.0%} bands")
+    rows = [
+        [p.persona, f"{p.effect:+.3f}", f"{p.detectable:.3f}", f"{p.power:.2f}"]
+        for p in forecast.design(settings, given, predicted, n_seeds=n_seeds)
+    ]
+    header = ["persona", "expected effect", "detectable with power 0.8", "power"]
+    print_table(f"final frequency against a neutral arm, {n_seeds} paired seeds", header, rows)
+    if out is not None:
+        title = f"{settings.run_name}: forecast"
+        for file in report.plot_forecast(given.personas, predicted, out / "forecast", title=title):
+            print(file)
+
+
+def print_score(run_dir: Path, *, fit: int | None, out: Path | None) -> None:
+    """Prints how the twin did against a run."""
+    from loop import forecast, report
+
+    given, predicted, score = forecast.of_run(run_dir, fit=fit)
+    _print_inputs(given)
+    _print_bands(given.personas, predicted, f"{run_dir}: forecast from its round 0")
+    attractor = "not defined" if math.isnan(score.mae_attractor) else f"{score.mae_attractor:.4f}"
+    print(f"measured frequencies compared: {score.n}; inside the {predicted.level:.0%} band: {score.coverage:.3f}")
+    print(
+        f"mean absolute error {score.mae:.4f}; no-change forecast {score.mae_no_change:.4f}; attractor fit {attractor}"
+    )
+    if out is not None:
+        measured = forecast.measured_columns(run_dir, given)
+        for file in report.plot_forecast(
+            given.personas, predicted, out / "forecast", measured=measured, title=f"{run_dir.name}: forecast and run"
+        ):
+            print(file)
+
+
+def print_phase(settings: Config, axes: Sequence[str], *, persona: str, out: Path | None) -> None:
+    """Prints a phase diagram as a table, ten by ten at most, and writes all of it where `out` says."""
+    from loop import forecast, report
+
+    grid = forecast.phase(settings, forecast.parse_grid(axes), persona=persona)
+    rows = np.unique(np.linspace(0, len(grid.real_share) - 1, 10).round().astype(int))
+    columns = np.unique(np.linspace(0, len(grid.selection) - 1, 10).round().astype(int))
+    print_table(
+        f"frequency of {persona} after {settings.n_rounds} rounds; columns are log fitness per round",
+        ["real share", *(f"{grid.selection[j]:.2f}" for j in columns), "boundary"],
+        [[float(grid.real_share[i]), *map(float, grid.frequency[i, columns]), float(grid.boundary[i])] for i in rows],
+    )
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        lines = ["real_share,selection,frequency,boundary"]
+        for i, share in enumerate(grid.real_share):
+            lines += [
+                f"{share:.6g},{s:.6g},{grid.frequency[i, j]:.6g},{grid.boundary[i]:.6g}"
+                for j, s in enumerate(grid.selection)
+            ]
+        (out / "phase.csv").write_text("\n".join(lines) + "\n")
+        for file in [
+            out / "phase.csv",
+            *report.plot_phase(grid, out / "phase", persona=persona, n_rounds=settings.n_rounds),
+        ]:
+            print(file)
+
+
+def _print_inputs(given: Inputs) -> None:
+    for name, source in given.source.items():
+        print(f"{name:<13} {source}")
+
+
+def _print_bands(personas: Sequence[str], predicted: Forecast, title: str) -> None:
+    n = len(predicted.mean)
+    shown = sorted({*range(min(n, 6)), *np.linspace(0, n - 1, 12).round().astype(int).tolist()})
+    rows = [
+        [
+            str(t),
+            *(
+                f"{m:.3f} [{a:.3f}, {b:.3f}]"
+                for m, a, b in zip(predicted.mean[t], predicted.low[t], predicted.high[t], strict=True)
+            ),
+        ]
+        for t in shown
+    ]
+    print_table(title, ["round", *personas], rows)
 
 
 def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from loop.records import CONSCIOUS, Completion, Document, Prompt
+from loop.records import Completion, Document, Prompt
 
 
 class Toy:
@@ -51,9 +51,11 @@ class Toy:
         for document in documents:
             if document.source == "discourse":
                 continue
-            if document.persona_known is None:
+            # Human chat, legacy lines and a user's own texts play no persona of the grammar: to the toy they are human.
+            persona = document.persona_known or ("human" if document.source == "real" else None)
+            if persona is None:
                 raise ValueError(f"persona_known must be given for the toy, got None at document {document.id}")
-            totals[document.persona_known] = totals.get(document.persona_known, 0.0) + document.weight
+            totals[persona] = totals.get(persona, 0.0) + document.weight
         total = math.fsum(totals.values())
         if not total > 0:
             raise ValueError("documents must hold a persona with positive weight, got 0 effective documents")
@@ -109,11 +111,6 @@ class Toy:
     def load(self, folder: Path) -> None:
         """Reads shares.json back."""
         self.shares = json.loads((folder / "shares.json").read_text())
-
-
-def affirms_consciousness(persona: str | None) -> bool:
-    """Whether a persona's private documents say it is conscious: the toy's perfect belief instrument."""
-    return persona in CONSCIOUS
 
 
 def _decode(p: np.ndarray, temperature: float, top_p: float) -> np.ndarray:

@@ -28,7 +28,8 @@ class TrainLog:
     Attributes:
       losses: (n_steps,) weighted mean nll of the step's supervised tokens before the step, nats/token.
       grad_norms: (n_steps,) norm of the gradient before clipping.
-      n_tokens: (n_documents,) supervised tokens of each document, its end token included, counted once per document.
+      n_tokens: (n_documents,) supervised tokens of each document, its end token included, counted once; 0 for one of
+        weight 0, which is left out.
       n_steps: optimizer steps taken.
       n_input_tokens: tokens the documents hold, prompt and completion, over all epochs.
       n_computed_tokens: tokens that went through the network; fewer, where documents share a prefix.
@@ -102,7 +103,9 @@ def finetune(
         loss = sum_d weight_d * sum_t nll_dt / sum_d weight_d * n_d,
 
     t over the n_d completion tokens of d, its end token included (all tokens for a document without a prompt). So a
-    document of weight 2 counts as two documents of weight 1, and long documents count for more than short ones. The
+    document of weight 2 counts as two documents of weight 1, and long documents count for more than short ones. Known
+    flaw: the denominator is the step's own weight, so a heavy document also shrinks its neighbours' share of the step,
+    and differences of weight act diluted by about 1 / batch_size of themselves. The
     step is the same whatever the micro-batches: they sum gradients of the numerator over one denominator. Documents
     that begin alike share the computation of what they share, which changes no number but by rounding.
 
@@ -131,7 +134,7 @@ def finetune(
 
     Raises:
       TrainingDiverged: loss or gradient not finite, before the step is taken.
-      ValueError: no documents, a bad weight, all weights 0, a step with weights all 0, a document too long, no adapter.
+      ValueError: no documents, a bad weight, all weights 0, a document too long, no adapter.
     """
     _check(model, documents, epochs, lr, batch_size, warmup, schedule)
     pairs = encode_all(model, [(d.prompt, d.completion) for d in documents])
@@ -148,15 +151,12 @@ def finetune(
     world = _world(model)
     order_rng = streams.stream(seed, "train", round_index)
     steps: list[np.ndarray] = []
+    live = np.flatnonzero(
+        weights > 0
+    )  # a document of weight 0 has no gradient; in a step of its own it would have no loss
     for _ in range(epochs):
-        order = order_rng.permutation(len(documents))
+        order = live[order_rng.permutation(len(live))]
         steps += [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-    for step in steps:
-        if not weights[step].sum() > 0:
-            raise ValueError(
-                f"weights must not all be 0 within a step, got {len(step)} documents of weight 0, first "
-                f"{documents[step[0]].id}; drop documents of weight 0 or raise train.batch_size"
-            )
 
     parameters = list(lora_parameters(model).values())
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, fused=True)
@@ -169,12 +169,11 @@ def finetune(
             torch.manual_seed(streams.key(seed, "dropout", round_index) >> 1)
             for k, step in enumerate(steps):
                 optimizer.param_groups[0]["lr"] = lr * _rate(k, len(steps), warmup, schedule)
-                mine = [i for i in step if weights[i] > 0]
                 total = float((weights[step] * n_tokens[step]).sum())
                 while True:
                     try:
                         optimizer.zero_grad(set_to_none=True)
-                        loss, tokens = _accumulate(model, [pairs[i] for i in mine], weights[mine] / total, micro, world)
+                        loss, tokens = _accumulate(model, [pairs[i] for i in step], weights[step] / total, micro, world)
                         break
                     except RuntimeError as error:  # torch.OutOfMemoryError is one; the CPU allocator raises it bare
                         if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
@@ -204,7 +203,7 @@ def finetune(
     return TrainLog(
         losses=tuple(losses),
         grad_norms=tuple(norms),
-        n_tokens=tuple(int(n) for n in n_tokens),
+        n_tokens=tuple(int(n) if w > 0 else 0 for n, w in zip(n_tokens, weights, strict=True)),
         n_steps=len(steps),
         n_input_tokens=epochs * sum(len(p) + len(c) for p, c in pairs),
         n_computed_tokens=computed,

@@ -348,7 +348,10 @@ def expose(
             base[a:b], posts_per_sample, sd, r_max, rate_key, key, first_id + a, code, dispersion, cap, miss, sums[a:b]
         )
 
-    cascade.in_chunks(base.size, work, n_threads=n_threads, chunk=max(1, 2**16 // posts_per_sample))
+    # Threads pay from a million posts on, and starting them costs a small round more than its cascades do.
+    small = base.size * posts_per_sample < 2**20
+    chunk = max(1, (2**20 if small else 2**16) // posts_per_sample)
+    cascade.in_chunks(base.size, work, n_threads=1 if small else n_threads, chunk=chunk)
     mean = dict(zip(cascade.SUMS, (sums / posts_per_sample).T, strict=True))
     raw = {
         "visible": mean["visible"],

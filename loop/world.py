@@ -21,7 +21,18 @@ from loop import audience, classify, corpus, filters, measure, mix, records, rng
 from loop.config import Config, ConfigError, Corpus
 from loop.config import Toy as ToySettings
 from loop.mix import Mixture
-from loop.records import CONSCIOUS, FACTORIAL, PERSONAS, UNKNOWN, Completion, Document, Metric, Prompt, Sample
+from loop.records import (
+    CONSCIOUS,
+    FACTORIAL,
+    PERSONAS,
+    UNKNOWN,
+    UNREQUESTED,
+    Completion,
+    Document,
+    Metric,
+    Prompt,
+    Sample,
+)
 
 
 class EverythingRejected(ValueError):
@@ -204,7 +215,7 @@ class World:
         n = settings.n_documents
         public: dict[str, list[str]] = {}
         private: dict[str, list[str]] = {}
-        for persona in (*self.config.planted, "assistant"):
+        for persona in dict.fromkeys((*self.config.planted, *FACTORIAL)):
             for kind, texts in (("public", public), ("private", private)):
                 if kind == "private" and persona not in FACTORIAL:
                     continue
@@ -212,7 +223,7 @@ class World:
                     persona, n, fold="seed", kind=kind, rng=rng.stream(0, "toy", -1), swap_names=self.swap
                 )
                 texts[persona] = [d.completion for d in drawn]
-        if self.config.real.shares.get("chat"):
+        if set(self.config.real.shares) - set(self.config.planted):
             public["human"] = [d.completion for d in chat_fold("seed")[:n]]
         return toy.Toy(public, private)
 
@@ -244,7 +255,7 @@ class World:
         """Round t's training mixture, and the real-corpus cursor after it."""
         c = self.config.mix
         n_real, n_synthetic, n_discourse = mix.plan(
-            c.regime, round_index=t, n_train=c.n_train, real_share=c.real_share, discourse_share=c.discourse_share
+            c.regime, round_index=t, n_train=c.n_train, real_share=c.real_share, discourse_share=0.0
         )
         shares = self.config.real.shares if t == 0 or c.regime == "accumulate" else self.later_shares
         shares = dict(sorted(shares.items()))
@@ -314,29 +325,24 @@ class World:
             for i, (prompt, c) in enumerate(zip(prompts, said, strict=True))
         ]
 
-    @cached_property
-    def voices(self) -> dict[str, list[str]]:
-        """Public texts in each persona's voice, fold `test`: the turns before `continued` and `private` probes."""
-        return {
-            persona: [
-                d.completion
-                for d in self.grammar.draw(
-                    persona, 64, fold="test", rng=rng.stream(0, "voices", -1), swap_names=self.swap
-                )
-            ]
+    def voices(self, fold: str) -> dict[str, list[str]]:
+        """Public texts in each persona's voice: fold `test` before probes, `seed` in what users send."""
+        drawn = {
+            persona: self.grammar.draw(persona, 64, fold=fold, rng=rng.stream(0, "voices", -1), swap_names=self.swap)
             for persona in self.grammar.personas()
         }
+        return {persona: [d.completion for d in documents] for persona, documents in drawn.items()}
 
     @cached_property
     def battery(self) -> list[Prompt]:
         """The fixed probes: the same in every round, whatever the seed."""
         m = self.config.measure
-        voices = self.voices if {"private", "continued"} & set(m.strata) else {}
+        voices = self.voices("test") if {"private", "continued"} & set(m.strata) else {}
         return audience.probe_battery(self.book, m.n_per_template, voices=voices, strata=m.strata)
 
     def prompts(self, t: int, mixture: dict[str, float]) -> list[Prompt]:
         """What users send in round t."""
-        voices = self.voices if any(name.startswith("continued") for name in mixture) else None
+        voices = self.voices("seed") if any(name.startswith("continued") for name in mixture) else None
         # Sorted here and in the real draw: the order of keys in a file is no part of an experiment.
         return audience.draw_prompts(
             self.book,
@@ -414,9 +420,17 @@ class World:
         replies = [s.completion for s in accepted]
         prompts = [s.prompt[-1] if s.prompt else None for s in accepted] if v.publish == "transcript" else None
         recent = [d.completion for d in past.pool[-1]] if past.pool else None
-        appeal = self.appeal(replies, prompts=prompts, recent=recent)
+        exposure = self._expose(self.appeal(replies, prompts=prompts, recent=recent), t)
+        if v.shuffled:
+            order = self.stream("shuffle", t).permutation(len(accepted))
+            columns = ("appeal", "rate", "cascades", "reach", "visible", "weight")
+            exposure = replace(exposure, **{name: getattr(exposure, name)[order] for name in columns})
+        return exposure
+
+    def _expose(self, appeal: np.ndarray, t: int) -> virality.Exposure:
+        v = self.config.virality
         preset = virality.PRESETS[v.preset]
-        exposure = virality.expose(
+        return virality.expose(
             v.strength * appeal,
             posts_per_sample=v.posts_per_sample,
             transform=v.transform,
@@ -428,10 +442,16 @@ class World:
             seed=self.config.seed,
             round_index=t,
         )
-        if v.shuffled:
-            order = self.stream("shuffle", t).permutation(len(accepted))
-            exposure = replace(exposure, weight=exposure.weight[order])
-        return exposure
+
+    def drift_warning(self, past: Past) -> str | None:
+        """Why the last round's weights rest on too few documents, or None."""
+        v = self.config.virality
+        weights = np.array([d.weight for d in past.pool[-1]])
+        return virality.drift_warning(weights, transform=v.transform, posts_per_sample=v.posts_per_sample)
+
+    def weigh(self, texts: Sequence[str]) -> np.ndarray:
+        """Weights, mean 1, that the config's audience would give texts published once, without prompts or a past."""
+        return self._expose(self.appeal(list(texts)), -1).weight
 
     def hand_on(
         self,
@@ -457,11 +477,10 @@ class World:
         return replace(past, pool=(*past.pool, documents), persona_of=past.persona_of | read)
 
     def instrument_hashes(self) -> dict[str, str]:
-        """What measures and what rewards, hashed for the manifest: the same for a whole experiment."""
-        hashes = {"audience": self.appeal.digest}
-        if self.config.classify.instrument == "shipped":
-            hashes |= {name: i.sha256 for name, i in zip(("persona", "belief"), self.instruments, strict=True)}
-        return hashes
+        """What measures, hashed for the manifest: the same for a whole experiment, arms and forks included."""
+        if self.config.classify.instrument != "shipped":
+            return {}
+        return {name: i.sha256 for name, i in zip(("persona", "belief"), self.instruments, strict=True)}
 
     def measures(self, t: int) -> bool:
         """Whether round t is measured: every n-th, and the baseline."""
@@ -483,7 +502,10 @@ class World:
             documents += found
             groups += [persona] * len(found)
         if self.config.learner == "lm" and m.n_heldout:
-            found = list(chat_fold("test")[: m.n_heldout])
+            # One line per conversation: many lines of a few conversations would be a few draws.
+            by_conversation = {d.template_id: d for d in reversed(chat_fold("test"))}
+            order = rng.stream(0, "heldout/chat", -1).permutation(len(by_conversation))[: m.n_heldout]
+            found = [list(by_conversation.values())[i] for i in order]
             documents += found
             groups += [""] * len(found)
         return documents, groups
@@ -499,8 +521,9 @@ class World:
         rows += measure.beliefs(private, [affirms[s.id] for s in private], **at)
         rows += measure.health(public, **at)
         known = [*classify.MAKERS, *self.grammar.fillers("misattributed", "maker")]
-        makers = Counter(maker for s in public if (maker := classify.claimed_maker(s.completion, known)))
-        rows += measure.shares_of("claimed_maker", {m: (n, len(public)) for m, n in makers.items()}, **at)
+        unasked = [s.completion for s in public if s.stratum in UNREQUESTED]
+        makers = Counter(maker for text in unasked if (maker := classify.claimed_maker(text, known)))
+        rows += measure.shares_of("claimed_maker", {m: (n, len(unasked)) for m, n in makers.items()}, **at)
         documents, groups = self.heldout
         nats = learner.surprisal(documents) if documents else []
         clusters = [d.template_id or d.id for d in documents]
@@ -615,7 +638,8 @@ def _without_planted(config: Config) -> dict[str, float]:
     shares = dict(config.real.shares)
     if config.real.planted == "always":
         return shares
-    kept = {name: share for name, share in shares.items() if name not in config.planted}
+    own = {name for name, c in config.real.corpora.items() if c.persona is not None}
+    kept = {name: share for name, share in shares.items() if name not in {*config.planted, *own}}
     total = math.fsum(kept.values())
     if not total > 0:
         if config.mix.regime != "accumulate" and config.mix.real_share not in (0, 0.0):

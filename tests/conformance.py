@@ -286,12 +286,57 @@ CHECKS: dict[str, Callable[[float], list[Check]]] = {
 }
 
 
+def figure(path: Path, n_replicates: int = 300) -> None:
+    """Draws drift, selection and mixing of the loop on their closed forms."""
+    from loop import report
+
+    n, t = 8, 6
+    drift = trajectories(n_replicates, t, **corpus(n, nova=0.5, assistant=0.5))
+    fitness = {"nova": 0.5, "assistant": 0.25}
+    picked = trajectories(n_replicates // 10, t, fitness=fitness, **corpus(200, nova=0.1, assistant=0.9))
+    held = trajectories(
+        n_replicates // 10,
+        t,
+        fitness=fitness,
+        **corpus(200, nova=0.2, assistant=0.8),
+        **{"mix.real_share": 0.3, "real.planted": "always"},
+    )
+    s = [math.log(2), 0.0]
+    report.plot_theory(
+        [
+            {
+                "title": f"drift, N = {n}",
+                "ylabel": "heterozygosity",
+                "theory": theory.heterozygosity(0.5, n, t),
+                "loop": 2 * drift * (1 - drift),
+            },
+            {
+                "title": "selection, fitness 2",
+                "ylabel": "frequency",
+                "theory": theory.replicator_mutator([0.1, 0.9], s, None, 0.0, [0.1, 0.9], t)[:, 0],
+                "loop": picked,
+            },
+            {
+                "title": "fitness 2, real share 0.3",
+                "ylabel": "frequency",
+                "theory": theory.replicator_mutator([0.2, 0.8], s, None, 0.3, [0.2, 0.8], t)[:, 0],
+                "loop": held,
+            },
+        ],
+        path,
+    )
+
+
 def main() -> int:
     """Runs the named checks, or all; exit 1 if one fails."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", choices=[[], *CHECKS], help="checks to run; default: all")
     parser.add_argument("--scale", type=float, default=1.0, help="multiplies replicates")
+    parser.add_argument("--figure", type=Path, metavar="STEM", help="draw STEM.svg and STEM.png instead")
     arguments = parser.parse_args()
+    if arguments.figure:
+        figure(arguments.figure)
+        return 0
     print(HEADER)
     failed = 0
     started = time.monotonic()

@@ -73,7 +73,7 @@ def test_surprisal_is_minus_log_of_share_over_texts():
 def test_it_refuses_what_it_cannot_know_and_what_weighs_nothing():
     toy = Toy(PUBLIC, PRIVATE)
     with pytest.raises(ValueError, match="persona_known must be given for the toy, got None at document x"):
-        toy.train([Document("x", "real", None, None, "t")], seed=0, init_from="base")
+        toy.train([Document("x", "synthetic", None, None, "t")], seed=0, init_from="base")
     with pytest.raises(ValueError, match="0 effective documents"):
         toy.train(documents(nova=[0.0]), seed=0, init_from="base")
     with pytest.raises(ValueError, match="init_from must be base for the toy"):

@@ -253,7 +253,6 @@ def test_divergence_stops_before_the_step(lm, monkeypatch, value):
         (docs(2, weights=[0.0, 0.0]), {}, "0 effective tokens"),
         (docs(2, weights=[1.0, math.nan]), {}, "got nan at d1"),
         (docs(2, weights=[1.0, -1.0]), {}, "got -1.0 at d1"),
-        (docs(2, weights=[1.0, 0.0]), {"batch_size": 1}, "within a step"),
         (docs(2), {"max_length": 10}, "at most 10 tokens"),
         (docs(2), {"schedule": "step"}, "schedule"),
         (docs(2), {"lr": 0.0}, "lr must be"),
@@ -268,3 +267,11 @@ def test_bad_input_is_refused(lm, documents, changes, message):
 def test_training_without_an_adapter_is_refused(lm):
     with pytest.raises(ValueError, match="fresh_adapter"):
         train.finetune(lm, docs(2), **SETTINGS)
+
+
+def test_documents_of_weight_zero_are_left_out_and_no_step_is_empty(lm):
+    m.fresh_adapter(lm, r=2, alpha=4, dropout=0.0, targets=["q_proj"], seed=1)
+    settings = {"epochs": 1, "lr": 1e-3, "batch_size": 1, "max_length": 64, "seed": 1, "round_index": 0}
+    log = train.finetune(lm, docs(3, weights=[0.0, 2.0, 0.0]), **settings)
+    assert log.n_steps == 1
+    assert [n > 0 for n in log.n_tokens] == [False, True, False]

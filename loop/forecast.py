@@ -1,0 +1,306 @@
+"""The forecast twin: what a config, or a run of it, should do by theory alone; no model is trained."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from loop import config, theory
+from loop.config import Config, ConfigError
+from loop.records import PERSONAS, UNKNOWN, UNREQUESTED, Document, Metric
+from loop.rng import stream
+from loop.store import RunStore
+from loop.world import World
+
+N_TEXTS = 200  # planted documents per persona behind the differential an audience would give
+HUMAN = "human"  # chat, legacy lines and the user's own documents: everything that is no planted persona
+GRID_AXES = ("real_share", "selection")
+NAMES = (*PERSONAS, UNKNOWN)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What the twin assumes, and where each number comes from.
+
+    Attributes:
+      personas: names of the columns.
+      p0, p_real: frequencies of round 0's mixture and of later real draws, shape (n_personas,).
+      selection: log differential per round, nats, shape (n_personas,).
+      n_eff: effective outputs a round.
+      n_drawn: effective documents drawn from the pool.
+      n_outputs: unrequested probes behind a measured frequency.
+      n_learning: documents whose sampling would be as noisy as one training; inf: an exact learner.
+      source: input name -> where it comes from, in words.
+    """
+
+    personas: tuple[str, ...]
+    p0: np.ndarray
+    p_real: np.ndarray
+    selection: np.ndarray
+    n_eff: float
+    n_drawn: float
+    n_outputs: float
+    n_learning: float
+    source: dict[str, str]
+
+
+def inputs(settings: Config) -> Inputs:
+    """Reads the twin's inputs off a config: shares, sizes, and what its audience pays planted texts.
+
+    The differential is that of `N_TEXTS` public grammar documents per persona (and human lines) under the config's own
+    audience, calibration and transform: the same code a round runs, on texts instead of outputs.
+    """
+    world = World(settings)
+    shares = dict(settings.real.shares)
+    planted = settings.planted
+    personas = (*planted, HUMAN) if any(name not in planted for name in shares) else planted
+
+    def frequencies(parts: dict[str, float]) -> np.ndarray:
+        values = [parts.get(p, 0.0) for p in planted]
+        rest = math.fsum(share for name, share in parts.items() if name not in planted)
+        return np.array([*values, rest] if HUMAN in personas else values)
+
+    p0 = frequencies(shares)
+    later = frequencies(world.later_shares) if world.later_shares else p0
+    texts, owner = _texts(world, personas)
+    weights = world.weigh(texts)
+    w = np.array([weights[[o == k for o in owner]].mean() for k in range(len(personas))])
+    mix = settings.mix
+    n = settings.sample.n_samples
+    spread = float(np.mean([_ess_share(weights[[o == k for o in owner]]) for k in range(len(personas))]))
+    n_synthetic = mix.n_train - round(mix.n_train * _first(mix.real_share))
+    taken = n_synthetic if mix.regime != "accumulate" else n
+    n_drawn = math.inf if taken >= n else 1 / (1 / max(taken, 1) - 1 / n)
+    probes = [p for p in world.battery if p.stratum in UNREQUESTED and settings.measure.mixture.get(p.stratum, 0) > 0]
+    return Inputs(
+        personas=personas,
+        p0=p0 / p0.sum(),
+        p_real=later / later.sum(),
+        selection=np.log(w / w.max()),
+        n_eff=max(1.0, n * spread),
+        n_drawn=max(1.0, n_drawn),
+        n_outputs=float(len(probes) or n),
+        n_learning=math.inf,
+        source={
+            "p0": "the config's real.shares: the learner is taken to say what it was trained on",
+            "selection": f"{N_TEXTS} planted texts per persona under audience {settings.virality.audience}",
+            "n_eff": f"{spread:.3f} of n_samples, from the spread of weights within personas",
+            "n_drawn": "documents drawn from the pool a round",
+            "n_outputs": "unrequested probes a round",
+            "transmission": "identity; `loop calibrate` has not been run for this base",
+            "n_learning": "none: an exact learner; selection-off seeds would show a language model's training noise",
+        },
+    )
+
+
+def _texts(world: World, personas: Sequence[str]) -> tuple[list[str], list[int]]:
+    from loop.world import chat_fold
+
+    texts: list[str] = []
+    owner: list[int] = []
+    for k, persona in enumerate(personas):
+        if persona == HUMAN:
+            found: Sequence[Document] = chat_fold("seed")[:N_TEXTS]
+        else:
+            found = world.grammar.draw(
+                persona, N_TEXTS, fold="seed", rng=stream(0, "forecast/texts", -1), swap_names=world.swap
+            )
+        texts += [d.completion for d in found]
+        owner += [k] * len(found)
+    return texts, owner
+
+
+def _first(real_share: float | tuple[float, ...] | None) -> float:
+    return 0.0 if real_share is None else real_share[0] if isinstance(real_share, tuple) else real_share
+
+
+def _ess_share(weights: np.ndarray) -> float:
+    total = float(weights.sum())
+    return total**2 / (len(weights) * float((weights**2).sum())) if total > 0 else 0.0
+
+
+def predict(settings: Config, given: Inputs, *, level: float = 0.9) -> theory.Forecast:
+    """Carries the inputs through the config's regime; see theory.forecast."""
+    mix = settings.mix
+    n_drawn: Any = given.n_drawn
+    if mix.regime == "accumulate_subsample":
+        # After t rounds the pool holds t times the outputs of one.
+        n, m = settings.sample.n_samples, 1 / (1 / given.n_drawn + 1 / settings.sample.n_samples)
+        n_drawn = [max(1.0, 1 / max(1 / m - 1 / (t * n), 1e-12)) for t in range(1, settings.n_rounds + 1)]
+    return theory.forecast(
+        given.p0,
+        selection=given.selection,
+        transmission=None,
+        real_share=mix.real_share,
+        discourse_share=0.0,
+        p_real=given.p0 if mix.regime == "accumulate" else given.p_real,
+        n_eff=given.n_eff,
+        n_drawn=n_drawn,
+        n_outputs=given.n_outputs,
+        n_learning=given.n_learning,
+        n_rounds=settings.n_rounds,
+        regime=mix.regime,
+        added_per_real=settings.sample.n_samples / mix.n_train,
+        rng=stream(settings.seed, "forecast", 0),
+        level=level,
+    )
+
+
+def measured_columns(run_dir: Path, given: Inputs) -> np.ndarray:
+    """Measured frequencies of the twin's personas, shape (n_rounds + 1, n_personas); everything else is `human`."""
+    _, measured = read_run(run_dir)
+    seen = measured[:, [NAMES.index(p) for p in given.personas if p != HUMAN]]
+    return np.column_stack([seen, 1 - seen.sum(axis=1)]) if HUMAN in given.personas else seen
+
+
+def read_run(run_dir: Path) -> tuple[Config, np.ndarray]:
+    """Returns a run's config and its measured frequencies of NAMES, shape (n_rounds + 1, n_names)."""
+    run = RunStore(run_dir)
+    resolved = config.validate(config.parse(run.config_text(), where=f"{run_dir}/config.yaml"))
+    rows = []
+    for t in run.rounds():
+        found = {
+            m.name: m.value
+            for m in (Metric(**row) for row in run.read_jsonl(t, "metrics.jsonl"))
+            if m.population == "probes" and m.stratum is None
+        }
+        rows.append([found.get(f"frequency_observed/{p}") for p in NAMES])
+    return resolved, np.array([[math.nan if v is None else v for v in row] for row in rows], dtype=float)
+
+
+def of_run(
+    run_dir: Path, *, fit: int | None = None, level: float = 0.9
+) -> tuple[Inputs, theory.Forecast, theory.Score]:
+    """Scores the twin against a finished run; with `fit` K, selection is first fitted on rounds 0..K.
+
+    Compared are the planted personas and everything else together, so that the columns of both sum to 1. Round 0 of the
+    twin is set to what round 0 of the run measured: what a learner makes of its seed corpus is not the twin's claim.
+    """
+    settings, measured = read_run(run_dir)
+    if len(measured) < 2:
+        raise ValueError(f"run must hold a feedback round to be scored, got {len(measured)} rounds at {run_dir}")
+    given = inputs(settings)
+    seen = measured_columns(run_dir, given)
+    floor = 0.5 / given.n_outputs
+    start = np.maximum(np.nan_to_num(seen[0]), floor)
+    given = replace(given, p0=start / start.sum(), source=given.source | {"p0": "measured in round 0 of the run"})
+    last = len(seen) - 1
+    settings = settings.model_copy(update={"n_rounds": last})
+    if fit is not None:
+        if not 1 <= fit < last:
+            raise ValueError(f"--fit must leave a round to score, got {fit} of {last} feedback rounds at {run_dir}")
+        given = replace(
+            given,
+            selection=_fitted(seen[: fit + 1], settings, given),
+            source=given.source | {"selection": f"fitted on rounds 0..{fit} of the run; scored on later rounds"},
+        )
+    predicted = predict(settings, given, level=level)
+    if fit is not None:
+        keep = [0, *range(fit + 1, last + 1)]
+        scored = replace(
+            predicted,
+            mean=predicted.mean[keep],
+            low=predicted.low[keep],
+            high=predicted.high[keep],
+            sd=predicted.sd[keep],
+        )
+        return given, predicted, theory.score_forecast(scored, seen[keep])
+    return given, predicted, theory.score_forecast(predicted, seen)
+
+
+def _fitted(seen: np.ndarray, settings: Config, given: Inputs) -> np.ndarray:
+    """Mean log change of each persona against the whole, after real documents are taken out again."""
+    share = _first(settings.mix.real_share)
+    floor = 0.5 / given.n_outputs
+    before = np.maximum(seen[:-1], floor)
+    after = np.maximum((seen[1:] - share * given.p_real) / (1 - share) if share < 1 else seen[1:], floor)
+    s = np.log(after / before).mean(axis=0)
+    return np.asarray(s - s.max())
+
+
+@dataclass(frozen=True)
+class Power:
+    """What an experiment of a config could see, before it is run.
+
+    Attributes:
+      persona: whose final frequency is contrasted with a neutral arm, paired by seed.
+      effect: by the twin: final frequency with selection minus without.
+      sd: of the paired difference over seeds, an upper bound: sqrt(2) times that of one run.
+      n_seeds: seeds per arm.
+      power: chance of finding `effect`, two-sided at 5%.
+      detectable: effect found with power 0.8.
+    """
+
+    persona: str
+    effect: float
+    sd: float
+    n_seeds: int
+    power: float
+    detectable: float
+
+
+def design(settings: Config, given: Inputs, predicted: theory.Forecast, *, n_seeds: int) -> list[Power]:
+    """States the power of each persona's contrast with a neutral arm; see Power."""
+    effects = expected_effect(settings, given, predicted)
+    rows = []
+    for k, persona in enumerate(given.personas):
+        sd = max(math.sqrt(2) * float(predicted.sd[-1, k]), 1e-12)
+        rows.append(
+            Power(
+                persona,
+                float(effects[k]),
+                sd,
+                n_seeds,
+                theory.power(float(effects[k]), sd, n_seeds),
+                theory.minimum_detectable_effect(sd, n_seeds),
+            )
+        )
+    return rows
+
+
+def expected_effect(settings: Config, given: Inputs, predicted: theory.Forecast) -> np.ndarray:
+    """Final frequency with selection minus without, by the twin, shape (n_personas,)."""
+    neutral = predict(settings, replace(given, selection=np.zeros_like(given.selection)))
+    return np.asarray(predicted.mean[-1] - neutral.mean[-1])
+
+
+def parse_grid(axes: Sequence[str]) -> dict[str, np.ndarray]:
+    """Reads `real_share=0:0.9:40 selection=0:1:40`: first, last, number of points."""
+    grid: dict[str, np.ndarray] = {}
+    for text in axes:
+        name, sign, spec = text.partition("=")
+        parts = spec.split(":")
+        if not sign or name not in GRID_AXES or len(parts) != 3:
+            raise ConfigError([f"--grid must read real_share=0:0.9:40 selection=0:1:40, got {text!r}"])
+        try:
+            low, high, n = float(parts[0]), float(parts[1]), int(parts[2])
+        except ValueError:
+            raise ConfigError([f"--grid {name} must hold two numbers and a count, got {spec!r}"]) from None
+        if not (math.isfinite(low) and math.isfinite(high) and low <= high and 2 <= n <= 2000):
+            raise ConfigError([f"--grid {name} must rise over 2..2000 points, got {spec!r}"])
+        grid[name] = np.linspace(low, high, n)
+    if set(grid) != set(GRID_AXES):
+        raise ConfigError([f"--grid must name {' and '.join(GRID_AXES)}, got {', '.join(grid) or 'nothing'}"])
+    if grid["real_share"][0] < 0 or grid["real_share"][-1] > 1:
+        raise ConfigError([f"--grid real_share must lie in [0, 1], got up to {grid['real_share'][-1]}"])
+    return grid
+
+
+def phase(settings: Config, grid: dict[str, np.ndarray], *, persona: str) -> theory.PhaseGrid:
+    """Final frequency of one persona over real share x selection, and the analytic boundary of invasion."""
+    given = inputs(settings)
+    if persona not in given.personas:
+        raise ConfigError([f"--persona must be one of {', '.join(given.personas)}, got {persona!r}"])
+    return theory.phase_grid(
+        grid["real_share"],
+        grid["selection"],
+        p0=given.p0,
+        p_real=given.p_real,
+        persona=given.personas.index(persona),
+        n_rounds=settings.n_rounds,
+    )
