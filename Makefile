@@ -20,8 +20,9 @@ $(READY): pyproject.toml constraints.txt data/packages.txt
 round: $(READY)  ## round 0 if there is none, then one feedback round of $(CONFIG)
 	$(BIN)/loop round $(CONFIG)
 
+# Two processes of one thread each: threads that wait for each other cost more here than they bring.
 test: $(READY)  ## the tests, offline, at most 15 minutes on two cores
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --durations=12
 
 theory: $(READY)  ## the loop with the exact learner against closed forms; about 5 minutes
 	$(BIN)/python tests/conformance.py

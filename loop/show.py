@@ -328,10 +328,16 @@ def print_forecast(settings: Config, *, n_seeds: int, out: Path | None) -> None:
     _print_inputs(given)
     _print_bands(given.personas, predicted, f"{settings.run_name}: forecast, {predicted.level:.0%} bands")
     rows = [
-        [p.persona, f"{p.effect:+.3f}", f"{p.detectable:.3f}", f"{p.power:.2f}"]
+        [
+            p.persona,
+            f"{p.effect:+.3f}",
+            f"{p.detectable:.3f}",
+            f"{p.power:.2f}",
+            "" if p.power >= 0.8 else "demonstration",
+        ]
         for p in forecast.design(settings, given, predicted, n_seeds=n_seeds)
     ]
-    header = ["persona", "expected effect", "detectable with power 0.8", "power"]
+    header = ["persona", "expected effect", "detectable with power 0.8", "power", "as a primary endpoint"]
     print_table(f"final frequency against a neutral arm, {n_seeds} paired seeds", header, rows)
     if out is not None:
         title = f"{settings.run_name}: forecast"

@@ -11,12 +11,12 @@ from loop import mix, run
 
 SMALL = {
     "neutral": 0.5,
-    "selection": 0.2,
-    "mixing": 0.2,
-    "fixation": 0.4,
+    "selection": 0.06,
+    "mixing": 0.06,
+    "fixation": 0.16,
     "rare": 0.4,
     "accumulate": 0.5,
-    "invasion": 0.2,
+    "invasion": 0.06,
 }
 
 
@@ -46,21 +46,21 @@ def test_ignored_weights_fail_selection_mixing_and_fixation(monkeypatch):
         return honest(regime, pool=[[d.__class__(**_fields(d, weight=1.0)) for d in past] for past in pool], **kwargs)
 
     monkeypatch.setattr(mix, "build", blind)
-    assert len(failing("selection", 0.5)) == 2
-    assert len(failing("mixing", 0.5)) == 2
-    assert failing("fixation", 0.4) == ["fixation: chance to take over, N = 6, p0 = 1/3, fitness 2"]
+    assert len(failing("selection", 0.15)) == 2
+    assert len(failing("mixing", 0.15)) == 3
+    assert failing("fixation", 0.16) == ["fixation: chance to take over, N = 6, p0 = 1/3, fitness 2"]
 
 
-def test_a_real_share_off_by_a_tenth_fails_mixing(monkeypatch):
+def test_one_real_document_too_many_fails_mixing(monkeypatch):
     honest = mix.plan
 
     def generous(regime, **kwargs):
         n_real, n_synthetic, n_discourse = honest(regime, **kwargs)
-        moved = kwargs["n_train"] // 10 if kwargs["round_index"] else 0
-        return n_real + moved, n_synthetic - moved, n_discourse
+        extra = 1 if kwargs["round_index"] else 0
+        return n_real + extra, n_synthetic - extra, n_discourse
 
     monkeypatch.setattr(mix, "plan", generous)
-    assert failing("mixing", 1.0)
+    assert "mixing: 4 real documents of 10, 6 rounds" in failing("mixing", 1.0)
 
 
 def test_replacing_in_place_of_accumulating_fails(monkeypatch):
