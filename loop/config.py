@@ -348,12 +348,13 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     return validate(data, origin=origin, where=str(path))
 
 
-def parse(text: str, *, where: str) -> Any:
-    """Turns YAML text that this project wrote (a run's config.yaml) into plain data."""
+def from_text(text: str, *, where: str) -> Config:
+    """Turns the text of a run's config.yaml, which this project wrote, back into its Config; raises as `load`."""
     try:
-        return yaml.load(text, Loader=_Loader)
+        data = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
         raise ConfigError([f"{where}: not YAML: {_one_line(error)}"]) from None
+    return validate(data, where=where)
 
 
 def validate(data: Any, *, origin: dict[tuple[str, ...], str] | None = None, where: str = "config") -> Config:

@@ -15,7 +15,7 @@ from loop.config import Config, ConfigError
 from loop.records import PERSONAS, UNKNOWN, UNREQUESTED, Document, Metric
 from loop.rng import stream
 from loop.store import RunStore
-from loop.world import World
+from loop.world import World, chat_fold
 
 N_TEXTS = 200  # planted documents per persona behind the differential an audience would give
 HUMAN = "human"  # chat, legacy lines and the user's own documents: everything that is no planted persona
@@ -99,8 +99,6 @@ def inputs(settings: Config) -> Inputs:
 
 
 def _texts(world: World, personas: Sequence[str]) -> tuple[list[str], list[int]]:
-    from loop.world import chat_fold
-
     texts: list[str] = []
     owner: list[int] = []
     for k, persona in enumerate(personas):
@@ -127,6 +125,8 @@ def _ess_share(weights: np.ndarray) -> float:
 def predict(settings: Config, given: Inputs, *, level: float = 0.9) -> theory.Forecast:
     """Carries the inputs through the config's regime; see theory.forecast."""
     mix = settings.mix
+    # A config may list more shares than it plays rounds, and a run is scored on the rounds it has.
+    share = mix.real_share[: settings.n_rounds] if isinstance(mix.real_share, tuple) else mix.real_share
     n_drawn: Any = given.n_drawn
     if mix.regime == "accumulate_subsample":
         # After t rounds the pool holds t times the outputs of one.
@@ -136,7 +136,7 @@ def predict(settings: Config, given: Inputs, *, level: float = 0.9) -> theory.Fo
         given.p0,
         selection=given.selection,
         transmission=None,
-        real_share=mix.real_share,
+        real_share=share,
         discourse_share=0.0,
         p_real=given.p0 if mix.regime == "accumulate" else given.p_real,
         n_eff=given.n_eff,
@@ -161,7 +161,7 @@ def measured_columns(run_dir: Path, given: Inputs) -> np.ndarray:
 def read_run(run_dir: Path) -> tuple[Config, np.ndarray]:
     """Returns a run's config and its measured frequencies of NAMES, shape (n_rounds + 1, n_names)."""
     run = RunStore(run_dir)
-    resolved = config.validate(config.parse(run.config_text(), where=f"{run_dir}/config.yaml"))
+    resolved = config.from_text(run.config_text(), where=f"{run_dir}/config.yaml")
     rows = []
     for t in run.rounds():
         found = {

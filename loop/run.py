@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, TypeVar
 import pyarrow as pa
 
 from loop import corpus, records, store
-from loop.config import Config, ConfigError, parse, to_yaml, validate
+from loop.config import Config, ConfigError, from_text, to_yaml
 from loop.mix import Mixture
 from loop.records import Metric, Sample
 from loop.world import Labels, Learner, Past, World
@@ -143,7 +143,7 @@ def fork(source: Path, round_index: int, config: Config) -> Path:
     run_dir = Path(config.runs_dir) / config.run_name
     if round_index > config.n_rounds:
         raise ConfigError([f"n_rounds must be >= the forked round {round_index}, got {config.n_rounds}"])
-    theirs = validate(parse(store.RunStore(source).config_text(), where=f"{source}/config.yaml"))
+    theirs = from_text(store.RunStore(source).config_text(), where=f"{source}/config.yaml")
     wrong = [name for name in ("seed", "learner", "base") if getattr(theirs, name) != getattr(config, name)]
     # `planted` says what later rounds draw; the rest of `real` says what the ids of round 0 already mean.
     if theirs.real.model_copy(update={"planted": config.real.planted}) != config.real:

@@ -151,9 +151,8 @@ def finetune(
     world = _world(model)
     order_rng = streams.stream(seed, "train", round_index)
     steps: list[np.ndarray] = []
-    live = np.flatnonzero(
-        weights > 0
-    )  # a document of weight 0 has no gradient; in a step of its own it would have no loss
+    # A document of weight 0 has no gradient, and a step of such documents would have no loss.
+    live = np.flatnonzero(weights > 0)
     for _ in range(epochs):
         order = live[order_rng.permutation(len(live))]
         steps += [order[i : i + batch_size] for i in range(0, len(order), batch_size)]

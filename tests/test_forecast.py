@@ -69,6 +69,13 @@ def test_the_bands_of_the_twin_hold_the_loop_it_forecasts(tmp_path):
         forecast.of_run(run_dir, fit=3)
 
 
+def test_shares_beyond_the_rounds_played_are_left_out():
+    listed = smoke("mix.real_share=[0.1, 0.1, 0.9]")
+    plain = smoke("mix.real_share=0.1")
+    both = [forecast.predict(s, forecast.inputs(s)).mean for s in (listed, plain)]
+    assert both[0] == pytest.approx(both[1], abs=1e-12)
+
+
 def test_power_grows_with_seeds_and_meets_its_own_detectable_effect():
     settings = smoke()
     given = forecast.inputs(settings)

@@ -104,6 +104,14 @@ def test_a_fork_continues_another_run_as_that_run_would_have_gone_on(tmp_path):
     assert tree(run.play(same)) == tree(straight)
 
 
+def test_a_fork_under_another_seed_or_corpus_is_refused_because_ids_would_change_meaning(tmp_path):
+    source = run.play(smoke(tmp_path, runs="a"))
+    for change, name in (("seed=1", "seed"), ("real.private_share=0.5", "real"), ("real.name_swap=true", "real")):
+        with pytest.raises(ConfigError, match=f"^{name} of a fork must be those of"):
+            run.fork(source, 1, smoke(tmp_path, "name=branch", change, runs="b"))
+    assert not (tmp_path / "b").exists()
+
+
 def test_a_changed_config_is_refused_by_name_and_more_rounds_are_not(tmp_path):
     run.play(smoke(tmp_path))
     with pytest.raises(store.ConfigChangedError, match=r"mix\.n_train"):
