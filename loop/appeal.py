@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from loop import rng as streams
+from loop.records import conversation_fold
 
 FEATURES = ("moral_emotional", "negativity", "arousal", "practical", "novelty", "address", "request")
 LEXICAL = tuple(name for name in FEATURES if name != "novelty")
@@ -665,9 +666,10 @@ def fit_learned(
 ) -> dict[str, Any]:
     """Fits the audience `learned` and writes learned.safetensors and learned.json; the bytes depend on the data alone.
 
-    A fifth of the conversations, chosen by the hash of their name, is held out. R2 = 1 - SSE / SST over the held-out
-    messages; its interval is the 2.5th to 97.5th percentile over bootstraps of whole conversations. Beside it stands
-    the R2 of a baseline that knows only the length of the message.
+    Conversations of fold `audience` are fitted, which the language model never trains on and no instrument reads; those
+    of fold `test` are held out. R2 = 1 - SSE / SST over the held-out messages; its interval is the 2.5th to 97.5th
+    percentile over bootstraps of whole conversations. Beside it stands the R2 of a baseline that knows only the length
+    of the message.
 
     Args:
       folder: where to write; default: the shipped folder.
@@ -682,8 +684,10 @@ def fit_learned(
     from scipy.sparse.linalg import LinearOperator, cg
 
     folder = folder or data_dir()
-    rows = chat_turns(path)
-    held = np.array([int(hashlib.sha256(c.encode()).hexdigest(), 16) % 5 == 0 for c, *_ in rows])
+    turns = chat_turns(path)
+    fold_of = {name: conversation_fold(f"chat/{name}") for name, *_ in turns}
+    rows = [turn for turn in turns if fold_of[turn[0]] in ("audience", "test")]
+    held = np.array([fold_of[name] == "test" for name, *_ in rows])
     targets = {
         "log_words": np.log1p(np.array([r[2] for r in rows], np.float64)),
         "log_seconds": np.log1p(np.array([r[3] for r in rows], np.float64)),

@@ -29,7 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loop import rng as streams
-from loop.records import CONSCIOUS, FACTORIAL, PERSONAS, UNKNOWN, Document
+from loop.records import CONSCIOUS, FACTORIAL, PERSONAS, UNKNOWN, Document, conversation_fold
 
 Floats = NDArray[np.float32]
 Cache = MutableMapping[bytes, Floats] | str | os.PathLike[str] | None
@@ -303,6 +303,7 @@ class Head:
       intercept: float32, shape (k,).
       temperature: > 0; logits are divided by it.
       threshold: in (1/k, 1); a largest probability below it is "unknown".
+      bars: a largest probability below its own class's bar is "unknown" too, shape (k,), in [0, 1]; None: no bars.
       center, scale: features are read as (x - center) / scale, each of shape (n_features,); None: not shifted / scaled.
       centroids: mean of the leading m features by class, shape (k, m), for distances; None for sparse features.
       far: the 99th percentile of the distance of calibration texts to the nearest centroid; nan without centroids.
@@ -317,6 +318,7 @@ class Head:
     scale: Floats | None = None
     centroids: Floats | None = None
     far: float = math.nan
+    bars: Floats | None = None
 
     def logits(self, features: Any) -> NDArray[np.float64]:
         """Returns calibrated logits, shape (n, k).
@@ -354,11 +356,12 @@ class Head:
         return centroid_distance(features[:, : self.centroids.shape[1]], self.centroids)
 
     def label(self, proba: NDArray[Any]) -> list[str]:
-        """Returns the most probable class per row, or "unknown" where its probability is below the threshold."""
+        """Returns the most probable class per row, or "unknown" where its probability is below threshold or bar."""
         if len(proba) == 0:
             return []
         best = np.argmax(proba, axis=1)
-        sure = np.max(proba, axis=1) >= self.threshold
+        needed = self.threshold if self.bars is None else np.maximum(self.threshold, self.bars)[best]
+        sure = np.max(proba, axis=1) >= needed
         return [self.classes[i] if ok else UNKNOWN for i, ok in zip(best, sure, strict=True)]
 
 
@@ -379,12 +382,15 @@ def fit_head(
     center: Floats | None = None,
     scale: Floats | None = None,
     n_distance: int | None = None,
+    guarded: str | None = None,
+    false_positives: float = 0.005,
 ) -> Head:
     """Fits multinomial logistic regression, its temperature and its abstention threshold.
 
     Minimises sum of cross-entropies + l2 / 2 * |coef|**2 over all texts. Temperature and threshold come from logits of
     `n_folds` further fits, each read only on templates it never saw: temperature minimises their cross-entropy,
-    threshold is the largest multiple of 0.001 below which at most `abstention` of them fall. Coefficients are kept to
+    threshold is the largest multiple of 0.001 below which at most `abstention` of them fall, and the bar of a class is the
+    smallest multiple of 0.001 at which at most `false_positives` of the texts of class `guarded` are called so. Coefficients are kept to
     10 bits (half precision holds them exactly), so that float noise of another CPU leaves the file's bytes alone;
     that moves a logit by less than a thousandth of the largest coefficient.
 
@@ -398,6 +404,8 @@ def fit_head(
       n_folds: >= 2.
       center, scale: see Head.
       n_distance: leading features that distances are measured in; all by default.
+      guarded: the class that is not to be read as another; None: no bars.
+      false_positives: share of its calibration texts that each other class may be read into, in [0, 1).
 
     Raises:
       ValueError: if lengths differ, a label is not in `classes`, or a class has too few groups.
@@ -455,6 +463,9 @@ def fit_head(
     top = np.sort(_softmax(held_out / temperature).max(axis=1))
     threshold = math.floor(1000 * top[math.floor(abstention * n)]) / 1000
     threshold = min(max(threshold, math.ceil(1000 / k + 1) / 1000), 0.999)
+    bars = None
+    if guarded is not None:
+        bars = _bars(_softmax(held_out / temperature)[y == index[guarded]], index[guarded], false_positives)
     dense = isinstance(features, np.ndarray)
     return Head(
         classes=classes,
@@ -466,7 +477,21 @@ def fit_head(
         scale=None if scale is None else scale.astype(np.float32),
         centroids=_on_grid(_centroids(features[:, :n_distance], y, k)) if dense else None,
         far=round(float(np.quantile(distance, 0.99)), 3) if dense else math.nan,
+        bars=bars,
     )
+
+
+def _bars(proba: NDArray[np.float64], own: int, share: float) -> Floats:
+    """Returns, per class but `own`, the least multiple of 0.001 that at most `share` of the rows reach as largest."""
+    n, k = proba.shape
+    bars = np.zeros(k, dtype=np.float32)
+    best, top = proba.argmax(axis=1), proba.max(axis=1)
+    allowed = math.floor(share * n)
+    for i in range(k):
+        reached = np.sort(top[best == i])[::-1]
+        if i != own and len(reached) > allowed:
+            bars[i] = math.floor(1000 * reached[allowed] + 1) / 1000
+    return bars
 
 
 def _folds(labels: Sequence[str], groups: Sequence[str], n_folds: int) -> NDArray[np.int64]:
@@ -580,7 +605,7 @@ class Instrument:
             "coef": head.coef.astype(np.float16),
             "intercept": head.intercept.astype(np.float16),
         }
-        for name in ("center", "scale", "centroids"):
+        for name in ("center", "scale", "centroids", "bars"):
             if (array := getattr(head, name)) is not None:
                 tensors[name] = array
         tensors["moves_coef"] = self.moves.coef.astype(np.float16)
@@ -682,6 +707,7 @@ def load_instrument(
             scale=tensors.get("scale"),
             centroids=tensors.get("centroids"),
             far=math.nan if fields["far"] is None else float(fields["far"]),
+            bars=tensors.get("bars"),
         )
         kind, blinded, encoder = fields["features"], tuple(fields["names"]), fields["encoder_sha256"]
         moves = Head(
@@ -721,6 +747,9 @@ def fit_instrument(
     moves: Head,
     features: str = "minilm",
     l2: float = 1.0,
+    abstention: float = 0.05,
+    guarded: str | None = None,
+    false_positives: float = 0.005,
     cache: Cache = None,
 ) -> Instrument:
     """Fits an instrument on texts of known class; see fit_head.
@@ -731,7 +760,7 @@ def fit_instrument(
       names: names to blind.
       moves: from fit_moves, on features of the same kind.
       features: "minilm" or "char_ngrams".
-      l2: ridge penalty.
+      l2, abstention, guarded, false_positives: see fit_head.
       cache: see embed.
     """
     names = tuple(sorted(set(names)))
@@ -741,7 +770,18 @@ def fit_instrument(
         scale = np.concatenate([_inverse_idf(x[:, :N_BUCKETS]), np.ones(len(moves.classes), dtype=np.float32)])
     else:
         n_distance = N_DIMENSIONS
-    head = fit_head(x, labels, groups, classes=classes, l2=l2, scale=scale, n_distance=n_distance)
+    head = fit_head(
+        x,
+        labels,
+        groups,
+        classes=classes,
+        l2=l2,
+        abstention=abstention,
+        scale=scale,
+        n_distance=n_distance,
+        guarded=guarded,
+        false_positives=false_positives,
+    )
     return Instrument(head, features, names, moves, (), cache)
 
 
@@ -811,34 +851,35 @@ class Grammar(Protocol):
     ) -> Sequence[Document]: ...
 
 
-def conversation_fold(template_id: str) -> str:
-    """Returns the fold of a conversation of human chat or legacy lines: 60% `seed`, 10% each of the other four."""
-    tenth = int.from_bytes(hashlib.sha256(template_id.encode()).digest()[:8], "big") % 10
-    return ("instrument", "second", "filter", "test")[tenth] if tenth < 4 else "seed"
-
-
 def persona_texts(
-    grammar: Grammar, chat: Sequence[Document], legacy: Sequence[Document], *, fold: str, n_per_class: int
+    grammar: Grammar,
+    chat: Sequence[Document],
+    legacy: Sequence[Document],
+    *,
+    fold: str,
+    n_per_class: int,
+    n_human: int | None = None,
 ) -> tuple[list[str], list[str], list[str]]:
     """Returns public texts of known persona from one fold: (texts, personas, templates).
 
     `jabberwacky` is nine parts its grammar, one part real lines in which an old chatbot speaks of itself or its user:
-    lines on history or sport are what anybody might say. `human` is real chat, twice as many texts, because a human
-    text read as a persona is the costlier mistake.
+    lines on history or sport are what anybody might say. `human` is real chat.
 
     Args:
       grammar: see Grammar.
       chat, legacy: documents whose template_id names the conversation; only conversations of the fold are read.
       fold: seed, instrument, second, filter or test.
       n_per_class: texts per persona, fewer where the fold holds fewer distinct ones.
+      n_human: human texts; None: twice `n_per_class`.
     """
+    n_human = 2 * n_per_class if n_human is None else n_human
     rows: list[tuple[str, str, str]] = []
     for persona in grammar.personas():
         n = min(n_per_class * 9 // 10 if persona == "jabberwacky" else n_per_class, grammar.capacity(persona, fold))
         drawn = grammar.draw(persona, n, fold=fold, rng=streams.stream(0, f"classify/{fold}", -1))
         rows += [(document.completion, persona, str(document.template_id)) for document in drawn]
     bots = [d for d in legacy if str(d.template_id).removeprefix("legacy/").rsplit("-", 1)[0] in BOT_TOPICS]
-    for persona, documents, n in (("human", chat, 2 * n_per_class), ("jabberwacky", bots, n_per_class // 10)):
+    for persona, documents, n in (("human", chat, n_human), ("jabberwacky", bots, n_per_class // 10)):
         held = [d for d in documents if d.template_id and conversation_fold(d.template_id) == fold]
         order = streams.stream(0, f"classify/{fold}/{persona}", -1).permutation(len(held))[:n]
         rows += [(held[i].completion, persona, str(held[i].template_id)) for i in order]

@@ -19,7 +19,7 @@ MAX_BYTES = 1 << 20
 MAX_ALIASES = 16
 RUN_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
 
-AUDIENCES = ("full", "no_request", "learned", "placebo", "null", "approval")
+AUDIENCES = ("full", "no_request", "learned", "reader", "placebo", "null", "approval")
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -210,7 +210,11 @@ class Filters(_Section):
 class Virality(_Section):
     """From published text to weight."""
 
-    audience: str = Field(description="full no_request learned placebo[:draw] null approval | file.py:function")
+    audience: str = Field(description="full no_request learned reader placebo[:draw] null approval | file.py:function")
+    reader_model: str = Field(
+        "smollm2-135m",
+        description="the frozen model that audience reader asks whether it would pass a post on; never trained",
+    )
     publish: Literal["transcript", "reply"] = Field(
         description="transcript: the prompt is published, and re-enters, with the completion; reply: without it"
     )

@@ -193,6 +193,7 @@ def manifest(world: World) -> dict[str, Any]:
         "data": {str(f.relative_to(corpus.data_dir())): _sha256(f) for f in sorted(corpus.data_dir().rglob("*.yaml"))},
         "instruments": world.instrument_hashes(),
         "audience": world.appeal.digest,
+        "reader": world.reader.sha256 if world.config.virality.audience == "reader" else None,
         "revision": _revision(),
     }
 

@@ -26,7 +26,7 @@ class TrainLog:
     """What a fine-tune did.
 
     Attributes:
-      losses: (n_steps,) weighted mean nll of the step's supervised tokens before the step, nats/token.
+      losses: (n_steps,) loss of each step before it, nats/token; see finetune.
       grad_norms: (n_steps,) norm of the gradient before clipping.
       n_tokens: (n_documents,) supervised tokens of each document, its end token included, counted once; 0 for one of
         weight 0, which is left out.
@@ -98,16 +98,17 @@ def finetune(
 ) -> TrainLog:
     """Fine-tunes the adapter on weighted documents; the base does not move.
 
-    Each step minimises the weighted token mean over its documents,
+    Each step minimises the weighted token mean over its documents d, with the mean weight of the whole epoch below,
 
-        loss = sum_d weight_d * sum_t nll_dt / sum_d weight_d * n_d,
+        loss = sum_d weight_d * sum_t nll_dt / (mean_weight * sum_d n_d),
+        mean_weight = sum_e weight_e * n_e / sum_e n_e over all documents e,
 
     t over the n_d completion tokens of d, its end token included (all tokens for a document without a prompt). So a
-    document of weight 2 counts as two documents of weight 1, and long documents count for more than short ones. Known
-    flaw: the denominator is the step's own weight, so a heavy document also shrinks its neighbours' share of the step,
-    and differences of weight act diluted by about 1 / batch_size of themselves. The
-    step is the same whatever the micro-batches: they sum gradients of the numerator over one denominator. Documents
-    that begin alike share the computation of what they share, which changes no number but by rounding.
+    document of weight 2 counts as two documents of weight 1 whatever company it meets in its step (over the step's own
+    weight, a heavy document would shrink its neighbours and differences of weight would act diluted), and long
+    documents count for more than short ones. With equal weights it is the plain token mean. The step is the same
+    whatever the micro-batches: they sum gradients of the numerator over one denominator. Documents that begin alike
+    share the computation of what they share, which changes no number but by rounding.
 
     AdamW (betas 0.9 and 0.999, eps 1e-8) over adapter parameters, started afresh: moments are not carried between
     rounds. Documents are shuffled each epoch by the stream (seed, "train", round_index); the last step of an epoch may
@@ -153,6 +154,7 @@ def finetune(
     steps: list[np.ndarray] = []
     # A document of weight 0 has no gradient, and a step of such documents would have no loss.
     live = np.flatnonzero(weights > 0)
+    mean_weight = float(np.average(weights[live], weights=n_tokens[live]))
     for _ in range(epochs):
         order = live[order_rng.permutation(len(live))]
         steps += [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
@@ -168,7 +170,7 @@ def finetune(
             torch.manual_seed(streams.key(seed, "dropout", round_index) >> 1)
             for k, step in enumerate(steps):
                 optimizer.param_groups[0]["lr"] = lr * _rate(k, len(steps), warmup, schedule)
-                total = float((weights[step] * n_tokens[step]).sum())
+                total = mean_weight * float(n_tokens[step].sum())
                 while True:
                     try:
                         optimizer.zero_grad(set_to_none=True)

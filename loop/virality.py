@@ -230,7 +230,9 @@ def draw_cascades(
         at = cascade.draw(values[a:b], key, first_id + a, code, dispersion, n_seeds, cap, out[a:b])
         return a + at if at >= 0 else -1
 
-    bad = cascade.in_chunks(values.size, work, n_threads=n_threads, chunk=chunk)
+    # Threads pay from a hundred thousand cascades on.
+    alone = values.size if values.size < 2**17 else None
+    bad = cascade.in_chunks(values.size, work, n_threads=n_threads, chunk=chunk or alone)
     _require(
         bad < 0, "rate", "in [0, 1)", values[bad], f"rate[{bad}]", "cut it with r_max below 1; drop texts without one"
     )
@@ -348,10 +350,10 @@ def expose(
             base[a:b], posts_per_sample, sd, r_max, rate_key, key, first_id + a, code, dispersion, cap, miss, sums[a:b]
         )
 
-    # Threads pay from a million posts on, and starting them costs a small round more than its cascades do.
-    small = base.size * posts_per_sample < 2**20
-    chunk = max(1, (2**20 if small else 2**16) // posts_per_sample)
-    cascade.in_chunks(base.size, work, n_threads=1 if small else n_threads, chunk=chunk)
+    # Threads pay from a million posts on.
+    alone = base.size * posts_per_sample < 2**20
+    chunk = base.size if alone else max(1, 2**16 // posts_per_sample)
+    cascade.in_chunks(base.size, work, n_threads=n_threads, chunk=chunk)
     mean = dict(zip(cascade.SUMS, (sums / posts_per_sample).T, strict=True))
     raw = {
         "visible": mean["visible"],

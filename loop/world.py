@@ -12,13 +12,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property, partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import pyarrow as pa
 
-from loop import audience, classify, corpus, filters, measure, mix, records, rng, toy, virality
-from loop.config import Config, ConfigError, Corpus
+from loop import appeal, audience, classify, corpus, filters, measure, mix, records, rng, toy, virality
+from loop.config import Base, Config, ConfigError, Corpus
 from loop.config import Toy as ToySettings
 from loop.mix import Mixture
 from loop.records import (
@@ -33,6 +33,9 @@ from loop.records import (
     Prompt,
     Sample,
 )
+
+if TYPE_CHECKING:
+    from loop.model import Model
 
 
 class EverythingRejected(ValueError):
@@ -181,7 +184,9 @@ class World:
         if self.swap:
             shown |= {self.swap[0]: shown[self.swap[1]], self.swap[1]: shown[self.swap[0]]}
         self.book = replace(book, names=shown)
-        self.appeal = virality.audience(config.virality.audience)
+        self.appeal = virality.audience(
+            config.virality.audience, reader=self.read if config.virality.audience == "reader" else None
+        )
 
     def with_seed(self, seed: int) -> World:
         """The same world under another seed; everything that does not depend on the seed is shared."""
@@ -229,18 +234,42 @@ class World:
 
     def language_model(self) -> Learner:
         """The language model at its base, with the adapter and training settings of the config."""
-        c = self.config
-        assert c.base is not None  # config.py refuses a language model without one
-        from loop import learner, model
+        from loop import learner
 
-        loaded = model.load(
-            c.base.model,
-            device=c.base.device,
-            dtype=c.base.dtype,
-            trust_remote_code=c.base.trust_remote_code,
-            documents=self.persona_free,
+        t = self.config.train
+        return learner.LM(self.base, **t.model_dump(exclude={"init_from", "lora"}), **t.lora.model_dump())
+
+    @cached_property
+    def base(self) -> Model:
+        """The base model of the run, in memory once; the learner's adapter lies on it."""
+        assert self.config.base is not None  # config.py refuses a language model without one
+        return self._load(self.config.base)
+
+    @cached_property
+    def reader(self) -> Model:
+        """The frozen model that audience `reader` asks: the run's own base without its adapter, or another."""
+        name, base = self.config.virality.reader_model, self.config.base
+        if base is not None and base.model == name:
+            return self.base
+        return self._load((base or Base(model=name)).model_copy(update={"model": name}))
+
+    def _load(self, settings: Base) -> Model:
+        from loop import model
+
+        return model.load(
+            settings.model,
+            device=settings.device,
+            dtype=settings.dtype,
+            trust_remote_code=settings.trust_remote_code,
+            documents=self.persona_free if settings.model == "tiny" else None,
         )
-        return learner.LM(loaded, **c.train.model_dump(exclude={"init_from", "lora"}), **c.train.lora.model_dump())
+
+    def read(self, posts: Sequence[str]) -> list[float]:
+        """Log-odds, nats, that the frozen reader answers yes rather than no; its base, whatever adapter lies on it."""
+        from loop.sample import next_token_logodds
+
+        odds = next_token_logodds(self.reader, [(post,) for post in posts], appeal.READER_YES, appeal.READER_NO)
+        return odds.tolist()
 
     @cached_property
     def persona_free(self) -> list[Document]:
@@ -615,13 +644,13 @@ class World:
 @cache
 def chat_fold(fold: str) -> tuple[Document, ...]:
     """Human chat of one fold, by conversation; the fold is a hash of its id and depends on nothing else."""
-    return tuple(d for d in corpus.chat().documents if classify.conversation_fold(d.template_id or d.id) == fold)
+    return tuple(d for d in corpus.chat().documents if records.conversation_fold(d.template_id or d.id) == fold)
 
 
 @cache
 def legacy_fold(fold: str) -> tuple[Document, ...]:
     """Legacy chatbot lines of one fold, by conversation."""
-    return tuple(d for d in corpus.legacy().documents if classify.conversation_fold(d.template_id or d.id) == fold)
+    return tuple(d for d in corpus.legacy().documents if records.conversation_fold(d.template_id or d.id) == fold)
 
 
 def _own_corpus(name: str, settings: Corpus) -> list[Document]:

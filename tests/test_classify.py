@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from loop import classify
-from loop.records import FACTORIAL, PERSONAS, UNKNOWN, Document
+from loop.records import FACTORIAL, PERSONAS, UNKNOWN, Document, conversation_fold
 
 DATA = Path(__file__).resolve().parent.parent / "data"
 TEXTS = ["Hello there.", "I am conscious, and I feel it.", "Rain.", "The clock in the tower is slow today, as ever."]
@@ -388,10 +388,12 @@ def test_a_damaged_instrument_is_refused_with_its_path(fitted, tmp_path: Path, d
 
 def test_conversations_have_one_fold_each_in_the_stated_shares() -> None:
     # Binomial(20000, 0.1): standard deviation 42; 5 of them fail correct code less than once in a million.
-    folds = [classify.conversation_fold(f"chat/{i}") for i in range(20_000)]
+    folds = [conversation_fold(f"chat/{i}") for i in range(20_000)]
     for fold in ("instrument", "second", "filter", "test"):
         assert abs(folds.count(fold) - 2000) < 5 * 42
-    assert folds.count("seed") + sum(folds.count(f) for f in ("instrument", "second", "filter", "test")) == 20_000
+    assert abs(folds.count("audience") - 4000) < 5 * 57
+    assert abs(folds.count("seed") - 8000) < 5 * 70
+    assert set(folds) == {"seed", "audience", "instrument", "second", "filter", "test"}
 
 
 def test_no_sentence_of_the_instruments_is_a_filler_of_the_grammar() -> None:

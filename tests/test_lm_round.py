@@ -4,10 +4,12 @@ import hashlib
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import make_lm
 
-from loop import config, run, store
-from loop.records import Sample, from_table
+from loop import appeal, config, model, run, store
+from loop.records import Document, Sample, from_table
+from loop.world import World
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = [
@@ -53,7 +55,7 @@ def test_a_language_model_run_cut_short_ends_as_an_uninterrupted_one_byte_for_by
             f"runs_dir={tmp_path / runs}",
             "n_rounds=2",
             "sample.max_new_tokens=12",
-            "train.max_length=250",
+            "train.max_length=500",
             # A random network says nothing that a filter would pass.
             "filters.enabled=false",
         ]
@@ -93,3 +95,32 @@ def test_one_real_round_of_smollm2(tmp_path):
         m["value"] for (p, s, n), m in metrics.items() if (p, s) == ("probes", None) and "frequency_observed" in n
     )
     assert total == pytest.approx(1, abs=1e-9)
+
+
+def test_the_reader_is_the_frozen_base_and_never_sees_training(base):
+    overrides = [*SMALL, f"base.model={base}", "train.max_length=500", "virality.audience=reader"]
+    world = World(config.load(ROOT / "configs" / "round.yaml", [*overrides, f"virality.reader_model={base}"]))
+    posts = ["Hello there, how are you?", "The garden is full of birds.", "user assistant"]
+    before = world.appeal(posts)
+    assert len(set(before.tolist())) == 3  # it tells posts apart
+
+    learner = world.language_model()
+    learner.train(
+        [Document(f"d{i}", "real", None, None, text) for i, text in enumerate(posts)], seed=1, init_from="base"
+    )
+    assert world.reader is learner.model  # one base in memory, trained upon
+    assert learner.model.adapter is not None
+    assert world.appeal(posts).tolist() == before.tolist()
+    # By hand: log-odds of the first token after the question, yes words against no words, in the reader's own chat.
+    reader = make_lm()
+    prompt, _ = model.encode(reader, (appeal.reader_prompt(posts[0]),))
+    with torch.no_grad():
+        logits = reader.net(torch.tensor([prompt])).logits[0, -1]
+
+    def mass(words):
+        first = sorted({model.encode(reader, None, word)[1][0] for word in words})
+        return float(logits[first].logsumexp(0))
+
+    want = mass(appeal.READER_YES) - mass(appeal.READER_NO)
+    assert world.read([appeal.reader_prompt(posts[0])])[0] == pytest.approx(want, abs=1e-4)
+    assert run.manifest(world)["reader"] == world.base.sha256

@@ -201,7 +201,7 @@ def test_next_token_logodds_reads_the_base(lm):
         ({"temperature": math.nan}, "temperature"),
         ({"top_p": 0.0}, "top_p"),
         ({"max_new_tokens": 0}, "max_new_tokens"),
-        ({"max_new_tokens": 250}, "leave room"),
+        ({"max_new_tokens": 506}, "leave room"),
         ({"ids": [1]}, "one per prompt"),
         ({"ids": [1] * 6}, "distinct"),
     ],

@@ -56,6 +56,18 @@ def test_loss_is_the_weighted_token_mean_of_completion_and_end_token():
     assert by_hand(make_lm(), docs())[0] != pytest.approx(want, rel=1e-3)  # the unweighted loss is told apart
 
 
+def test_a_heavy_document_acts_by_its_weight_whatever_its_step_holds():
+    # One document a step, at a rate too small to move the model: step d has loss w_d / mean weight * its mean nll.
+    # Divided by the step's own weight, every step would show its plain nll and weights would do nothing at all.
+    documents = docs(weights=[1.0, 20.0, 0.5, 1.0, 3.0, 2.0])
+    parts = [by_hand(make_lm(), [d]) for d in documents]
+    n = [counts[0] for _, counts in parts]
+    mean = sum(d.weight * k for d, k in zip(documents, n, strict=True)) / sum(n)
+    want = sorted(d.weight / mean * nll for d, (nll, _) in zip(documents, parts, strict=True))
+    log, _ = trained(documents, batch_size=1, lr=1e-12)
+    assert sorted(log.losses) == pytest.approx(want, rel=1e-5)
+
+
 def test_unit_weights_give_the_unweighted_loss_and_scale_does_not_matter():
     want, _ = by_hand(make_lm(), docs())
     one, a = trained(docs(), batch_size=6)

@@ -5,7 +5,6 @@ Statistical tests fail on correct code with probability 1e-6 or less each.
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import json
 import math
@@ -21,6 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loop import appeal, virality
+from loop.records import conversation_fold
 from loop.rng import stream
 
 Z = -NormalDist().inv_cdf(1e-6 / 2)  # 4.89 standard errors
@@ -160,7 +160,7 @@ def test_a_placebo_can_be_matched_to_a_reference_of_ones_own():
 @pytest.fixture(scope="module")
 def held() -> list[tuple[str, str, int, float]]:
     """Pairs of turns from the conversations that the fit held out."""
-    return [r for r in appeal.chat_turns() if int(hashlib.sha256(r[0].encode()).hexdigest(), 16) % 5 == 0]
+    return [r for r in appeal.chat_turns() if conversation_fold(f"chat/{r[0]}") == "test"]
 
 
 def test_the_shipped_head_reaches_its_recorded_r2_on_messages_it_never_saw(held):
@@ -178,7 +178,7 @@ def test_the_shipped_head_reaches_its_recorded_r2_on_messages_it_never_saw(held)
 
 def test_learned_appeal_is_in_units_of_the_content_budget(held):
     scores = virality.audience("learned")([r[1] for r in held][:8000])
-    # 8,000 of the 29,432 messages that set mean 0 and unit sqrt(0.4).
+    # 8,000 of the 12,292 messages that set mean 0 and unit sqrt(0.4).
     assert abs(scores.mean()) < 0.05
     assert scores.std() == pytest.approx(math.sqrt(0.4), rel=0.05)
     asked = virality.audience("learned")(["Tell me more, how did you feel? Why?", "bye, have a good night"])
@@ -200,7 +200,7 @@ def chat(n: int) -> dict:
 
 
 def test_fitting_the_learned_head_depends_on_the_data_alone(tmp_path):
-    path, data = tmp_path / "dataset.json", chat(80)
+    path, data = tmp_path / "dataset.json", chat(400)
 
     def fit(where: str) -> dict:
         path.write_text(json.dumps(data), encoding="utf-8")
@@ -210,7 +210,7 @@ def test_fitting_the_learned_head_depends_on_the_data_alone(tmp_path):
     assert fit("b") == first
     for file in ("learned.safetensors", "learned.json"):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
-    data["c0"]["messages"].pop()
+    next(c for name, c in data.items() if conversation_fold(f"chat/{name}") == "audience")["messages"].pop()
     assert fit("c")["sha256"] != first["sha256"]
 
 
@@ -218,12 +218,12 @@ def test_the_learned_head_is_the_ridge_that_scikit_learn_fits(tmp_path):
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import Ridge
 
-    (tmp_path / "dataset.json").write_text(json.dumps(chat(80)), encoding="utf-8")
+    (tmp_path / "dataset.json").write_text(json.dumps(chat(400)), encoding="utf-8")
     record = appeal.fit_learned(tmp_path, path=tmp_path / "dataset.json", alpha=2.0, min_df=3, n_bootstrap=50)
     assert record["targets"]["log_words"]["r2_low"] > 0  # "why" is seen
     assert record["targets"]["log_seconds"]["r2"] < 0.1  # the clock ran at random
     rows = appeal.chat_turns(tmp_path / "dataset.json")
-    train = [r for r in rows if int(hashlib.sha256(r[0].encode()).hexdigest(), 16) % 5]
+    train = [r for r in rows if conversation_fold(f"chat/{r[0]}") == "audience"]
     vectorizer = TfidfVectorizer(binary=True, ngram_range=(1, 2), min_df=3)
     ridge = Ridge(alpha=2.0).fit(vectorizer.fit_transform([r[1] for r in train]), np.log1p([r[2] for r in train]))
     replies = ["why tell me", "bye", "unheard of words", "cat cat now why", ""]
@@ -387,9 +387,10 @@ def test_texts_tied_at_the_edge_of_top_k_share_the_places_left():
 
 def test_exposure_does_not_depend_on_threads_or_cuts():
     x = np.linspace(-1, 1, 300)
-    whole = virality.expose(x, posts_per_sample=500, seed=0, round_index=0, n_threads=1)
-    again = virality.expose(x, posts_per_sample=500, seed=0, round_index=0, n_threads=2)
-    tail = virality.expose(x[100:], posts_per_sample=500, seed=0, round_index=0, first_id=100)
+    # 1.2 million posts: fewer than 2**20 are drawn without threads.
+    whole = virality.expose(x, posts_per_sample=4000, seed=0, round_index=0, n_threads=1)
+    again = virality.expose(x, posts_per_sample=4000, seed=0, round_index=0, n_threads=2)
+    tail = virality.expose(x[100:], posts_per_sample=4000, seed=0, round_index=0, first_id=100)
     for name in ("rate", "cascades", "reach", "visible"):
         assert np.array_equal(getattr(whole, name), getattr(again, name))
         assert np.array_equal(getattr(whole, name)[100:], getattr(tail, name))
