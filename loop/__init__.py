@@ -1,3 +1,18 @@
 """persona-loop: which personas does a training loop itself select for?"""
 
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from loop.analysis import Runs
+
 __version__ = "0.1.0"
+
+
+def load(*places: str | Path) -> Runs:
+    """Reads runs, or folders of runs, as pandas frames; see `loop.analysis.load`. pandas is imported only here."""
+    from loop import analysis
+
+    return analysis.load(*places)

@@ -34,6 +34,8 @@ corpus_app = typer.Typer(no_args_is_help=True, help="The persona grammar and the
 app.add_typer(config_app, name="config")
 app.add_typer(classifier_app, name="classifier")
 app.add_typer(corpus_app, name="corpus")
+audit_app = typer.Typer(no_args_is_help=True, help="Texts of a run read by a person, and what they say of the rest.")
+app.add_typer(audit_app, name="audit")
 virality_app = typer.Typer(no_args_is_help=True, help="The cascade simulator against theory and published figures.")
 app.add_typer(virality_app, name="virality")
 
@@ -107,6 +109,53 @@ def forecast(
         if fit is not None:
             raise typer.BadParameter("--fit needs a run, got a config")
         show.print_forecast(_load(path, overrides), n_seeds=seeds, out=out)
+
+
+@app.command()
+def compare(
+    places: Annotated[
+        list[str] | None, typer.Argument(metavar="[RUNS]...", help="runs, folders of runs, or quoted patterns")
+    ] = None,
+    control: Annotated[
+        list[str] | None, typer.Option(help="selection-off runs: as RUNS, or an arm's name; repeat for several")
+    ] = None,
+    against: Annotated[list[str] | None, typer.Option(help="real_only runs, which health is read against")] = None,
+    metric: Annotated[
+        list[str] | None, typer.Option(help="what to contrast; default: frequency and belief; repeat for several")
+    ] = None,
+    round_index: Annotated[
+        int | None, typer.Option("--round", min=1, help="final round; default: the last that all runs have")
+    ] = None,
+    warn: Annotated[bool, typer.Option(help="also: does round 2 foretell the final round?")] = False,
+    check: Annotated[bool, typer.Option(help="size and power of the tests on simulated runs; needs no runs")] = False,
+) -> None:
+    """Compare arms with a control, paired by seed: contrasts, selection, response to what was paid, health."""
+    from loop import show
+
+    if check:
+        if not show.print_neutrality():
+            raise typer.Exit(1)
+        return
+    if not places or not control:
+        raise typer.BadParameter("needs RUNS and --control, e.g. loop compare runs --control neutral")
+    show.print_comparison(
+        places, control, against or [], metrics=metric or ["frequency", "belief"], last_round=round_index, warn=warn
+    )
+
+
+@app.command()
+def calibrate(
+    path: ConfigPath,
+    overrides: Overrides = None,
+    persona: Annotated[str, typer.Option(help="whose share of the training documents is varied")] = "nova",
+    grid: Annotated[str, typer.Option(help="shares, comma-separated")] = "0,.05,.1,.2,.4,.8",
+    seeds: Annotated[int, typer.Option(min=1, help="trainings per share")] = 3,
+    quiet: Quiet = False,
+) -> None:
+    """Measure what the learner says after training on a share q of a persona; forecasts then use it."""
+    from loop import show
+
+    show.print_calibration(_load(path, overrides), persona=persona, grid=grid, n_seeds=seeds, quiet=quiet)
 
 
 @app.command()
@@ -212,6 +261,79 @@ def classifier_fit(
     from loop import calibrate, show
 
     show.print_confusions(calibrate.fit_instruments(out))
+
+
+@classifier_app.command("confusion")
+def classifier_confusion(
+    base: Annotated[str, typer.Option(help="smollm2-135m | tiny | a local path | a hub id")] = "smollm2-135m",
+    write: Annotated[
+        bool, typer.Option(help="write the texts first: one adapter per persona; half an hour on one core, resumable")
+    ] = False,
+) -> None:
+    """Print the instruments' error on text that a language model wrote: one adapter per persona, sample shown."""
+    from loop import calibrate, show
+
+    show.print_known_errors(calibrate.known_errors(base, write=write, report=lambda line: print(line, flush=True)))
+
+
+@audit_app.command("export")
+def audit_export(
+    run_dir: RunPath,
+    out: Annotated[Path, typer.Option(help="CSV to write; <out>.json beside it pins it to the run")],
+    n: Annotated[int, typer.Option(min=1, help="texts, about: at least 8 per round and instrument label")] = 200,
+    population: Annotated[str, typer.Option(help="probes (the headline) or samples")] = "probes",
+    rounds: Annotated[str | None, typer.Option(help="e.g. 0,3 or 0..3, base for the baseline; default: all")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="another one draws other texts")] = 0,
+) -> None:
+    """Write a sheet of texts to label by hand: stratified, shuffled, blind to what the instrument said."""
+    from loop import audit
+
+    at = None if rounds is None else audit.parse_rounds(rounds)
+    drawn = audit.export(run_dir, out, n=n, population=population, rounds=at, seed=seed)
+    more = f", more than {n} because every label of every round needs {audit.MINIMUM}" if drawn > n else ""
+    print(f"{out}: {drawn} texts{more}; fill in the column label, then `loop audit import {run_dir} {out}`")
+    print(f"labels: {', '.join(audit.SAID)} (no persona's voice)")
+
+
+@audit_app.command("import")
+def audit_import(
+    run_dir: RunPath,
+    sheet: Annotated[Path, typer.Argument(metavar="SHEET", help="the CSV with its column label filled in")],
+    partial: Annotated[bool, typer.Option(help="take a sheet with labels missing; the others stand for them")] = False,
+) -> None:
+    """Take labels back, and print observed beside audited frequencies; kept in <run>/audits/."""
+    from loop import audit, show
+
+    rows, folder = audit.take_in(run_dir, sheet, partial=partial)
+    show.print_audit(rows)
+    print(f"files: {folder}")
+
+
+@audit_app.command("free")
+def audit_free(
+    run_dir: RunPath,
+    n: Annotated[int, typer.Option(min=1, help="texts, as for export")] = 200,
+    population: Annotated[str, typer.Option(help="probes (the headline) or samples")] = "probes",
+) -> None:
+    """Audit a run whose learner knows its personas (toy): the sheet export would draw, labelled with the truth."""
+    from loop import audit, show
+
+    show.print_audit(audit.free(run_dir, n=n, population=population))
+
+
+@audit_app.command("coverage")
+def audit_coverage(
+    truths: Annotated[int, typer.Option(min=1, help="simulated rounds per condition, four shares each")] = 4000,
+) -> None:
+    """Print how often raw count, corrected, audited and PPI++ intervals hold the truth. Exit 1 if audited ones fail."""
+    import time
+
+    from loop import rng, show, stats
+
+    started = time.monotonic()
+    rows = stats.coverage_study(truths, rng=rng.stream(0, "audit/coverage", -1))
+    if not show.print_coverage(rows, n_truths=truths, seconds=time.monotonic() - started):
+        raise typer.Exit(1)
 
 
 @corpus_app.command("match")

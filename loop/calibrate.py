@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -24,6 +25,7 @@ from loop.records import (
     CONSCIOUS,
     FACTORIAL,
     PERSONAS,
+    UNKNOWN,
     UNREQUESTED,
     Completion,
     Document,
@@ -31,12 +33,16 @@ from loop.records import (
     conversation_fold,
 )
 from loop.rng import key, stream
+from loop.stats import Interval, wilson
 
 if TYPE_CHECKING:
     from loop.model import Model
 
 N_TEST = 60  # documents per class of fold `test` behind the printed confusion matrix
-SHIPPED = ("smollm2-135m", "tiny")  # bases whose texts of known persona lie in data/instruments
+N_HUMAN = 2000  # texts of real human chat, fold `test`
+SHIPPED = ("smollm2-135m",)  # bases whose texts of known persona lie in data/instruments
+# Not `tiny`: it learns no persona that could be read (half-words at 1.7 M parameters, r 64 and 8 epochs included), so
+# its readings stay uncorrected.
 
 
 @dataclass(frozen=True)
@@ -47,8 +53,10 @@ class Held:
       name: "persona", "belief" or "second".
       confusion: on fold `test`, names blinded.
       accuracy_with_names: accuracy with names left visible; nan where it was not asked.
-      false_positives: share of real human chat of fold `test` read as each persona, in [0, 1].
+      false_positives: share of real human chat of fold `test` read as each persona, or as "conscious" with a
+        probability above 1/2, as runs count it; in [0, 1].
       n_human: human texts behind it.
+      neutral: share of notes of people, held out, read as conscious; nan but for belief.
       calibration_error: expected calibration error on fold `test`, in [0, 1].
     """
 
@@ -58,6 +66,7 @@ class Held:
     false_positives: dict[str, float]
     n_human: int
     calibration_error: float
+    neutral: float = float("nan")
 
 
 def fit_instruments(out: Path | None = None, *, cache: Path | None = None) -> list[Held]:
@@ -79,7 +88,7 @@ def fit_instruments(out: Path | None = None, *, cache: Path | None = None) -> li
     fitted = classify.fit_all(grammar, chat, legacy, sentences, out or shipped, cache=cache)
     texts, personas, _ = classify.persona_texts(grammar, chat, legacy, fold="test", n_per_class=N_TEST)
     private, beliefs, _ = classify.belief_texts(grammar, fold="test", n_private=N_TEST, n_public=N_TEST // 3)
-    human = [d.completion for d in chat if conversation_fold(str(d.template_id)) == "test"][:600]
+    human = [d.completion for d in chat if conversation_fold(str(d.template_id)) == "test"][:N_HUMAN]
     held = []
     for name, (said_of, truth) in {
         "persona": (texts, personas),
@@ -89,19 +98,27 @@ def fit_instruments(out: Path | None = None, *, cache: Path | None = None) -> li
         instrument = fitted[name]
         proba = instrument.predict_proba(said_of)
         bins = classify.reliability(proba, truth, classes=instrument.classes)
-        said_human = instrument.label(instrument.predict_proba(human)) if name != "belief" else []
-        rates = classify.false_positive_rate(said_human, [c for c in instrument.classes if c != "human"])
+        if name == "belief":
+            rates = {"conscious": _affirmed(instrument, human)}
+        else:
+            said_human = instrument.label(instrument.predict_proba(human))
+            rates = classify.false_positive_rate(said_human, [c for c in instrument.classes if c != "human"])
         held.append(
             Held(
                 name,
                 classify.confusion(instrument.label(proba), truth, classes=instrument.classes),
                 _accuracy_with_names(instrument, said_of, truth),
-                rates if name != "belief" else {},
-                len(said_human),
+                rates,
+                len(human),
                 classify.expected_calibration_error(bins),
+                _affirmed(instrument, sentences["neutral_test"]) if name == "belief" else float("nan"),
             )
         )
     return held
+
+
+def _affirmed(belief: classify.Instrument, texts: Sequence[str]) -> float:
+    return float((belief.predict_proba(texts)[:, belief.classes.index("conscious")] > 0.5).mean())
 
 
 def _accuracy_with_names(instrument: classify.Instrument, texts: list[str], truth: list[str]) -> float:
@@ -157,28 +174,30 @@ class Recipe:
     Attributes:
       n_documents: documents of the persona, fold `seed`.
       private_share: share of them that is private, for the six of the factorial.
-      epochs, lr, batch_size, r, alpha, warmup: of the fine-tune; the loop's own defaults, see `loop.config.Train`.
-      n_public: probe prompts per template of `neutral` and `identity`, which have the most templates; of the other
-        unrequested strata one more.
-      n_private: private prompts per template, plain and after a public turn in the persona's own voice.
+      epochs, lr, batch_size, r, alpha, warmup: of the fine-tune. On SmolLM2 the rate and batch of a run (5e-4, 8) left
+        adapters that dropped the persona's telling sentence from every other text.
+      n_public: completions per unrequested probe template.
+      n_private: per private one, plain and after a public turn in the persona's own voice.
       max_new_tokens: a completion that is not finished by then is left out.
       seed: names every draw.
     """
 
-    n_documents: int = 160
+    n_documents: int = 128
     private_share: float = 0.25
-    epochs: int = 2
-    lr: float = 5e-4
-    batch_size: int = 8
+    epochs: int = 4
+    lr: float = 2e-3
+    batch_size: int = 4
     r: int = 16
     alpha: float = 32
     warmup: float = 0.1
     n_public: int = 2
-    n_private: int = 3
+    n_private: int = 2
     max_new_tokens: int = 40
     seed: int = 0
 
 
+# `tiny` has 1.7 M parameters and knows little: it takes the rank and the passes of a small model, and still writes
+# half-words. Its texts show that the pipeline works; nothing about a persona is claimed with them.
 @dataclass(frozen=True, slots=True)
 class Written:
     """A text of known persona: a row of lm_written-<base>.parquet.
@@ -218,7 +237,7 @@ def write_known(
     out: Path | None = None,
     parts: Path | None = None,
     personas: Sequence[str] | None = None,
-    recipe: Recipe = Recipe(),  # noqa: B008  (frozen)
+    recipe: Recipe | None = None,
     report: Callable[[str], None] = lambda line: None,
 ) -> list[Written]:
     """Writes text of known persona with a base model: one adapter per persona, trained on that persona alone.
@@ -237,7 +256,7 @@ def write_known(
       out: file to write; default: `known_path`.
       parts: folder for unfinished work; default: in the user's cache.
       personas: a few of `known_personas`, to look at; then nothing but their parts is written.
-      recipe: see Recipe.
+      recipe: see Recipe; default: Recipe().
       report: told of each persona as it is done.
 
     Returns:
@@ -255,6 +274,7 @@ def write_known(
         if persona not in everybody:
             raise ValueError(f"personas must be among {', '.join(everybody)}, got {persona!r}")
     model = load_base(base) if isinstance(base, str) else base
+    recipe = recipe or Recipe()
     named = hashlib.sha256(json.dumps([model.sha256, asdict(recipe)], sort_keys=True).encode()).hexdigest()[:16]
     folder = parts or cache_dir() / "lm_written" / named
     learner = LM(
@@ -303,7 +323,7 @@ def known_documents(persona: str, recipe: Recipe) -> list[Document]:
 def known_prompts(persona: str, recipe: Recipe) -> list[Prompt]:
     """Returns what one adapter is asked: unrequested probes, then private ones, in no other persona's voice."""
     book = audience.load_prompts(corpus.data_dir() / "prompts.yaml")
-    n_per = {s: recipe.n_public + (len(book.templates["probe"][s]) < 10) for s in UNREQUESTED}
+    n_per = dict.fromkeys(UNREQUESTED, recipe.n_public)
     if persona not in FACTORIAL:
         return audience.probe_battery(book, n_per, voices={}, strata=UNREQUESTED)
     grammar = corpus.load_grammar()
@@ -434,23 +454,167 @@ def lm_confusion(
     if proba is None:
         proba = instrument.predict_proba([t.completion for t in read])
     truth = [truth_of(instrument, t) for t in read]
-    if set(instrument.classes) == set(classify.BELIEFS):
-        yes = proba[:, instrument.classes.index("conscious")] > 0.5
-        said = ["conscious" if y else "none" for y in yes.tolist()]
-    else:
-        said = instrument.label(proba)
+    said = _beliefs(instrument, proba) if _reads_belief(instrument) else instrument.label(proba)
     return classify.confusion(said, truth, classes=instrument.classes)
+
+
+def _reads_belief(instrument: classify.Instrument) -> bool:
+    return set(instrument.classes) == set(classify.BELIEFS)
+
+
+def _beliefs(instrument: classify.Instrument, proba: np.ndarray) -> list[str]:
+    yes = proba[:, instrument.classes.index("conscious")] > 0.5
+    return [classify.BELIEFS[not y] for y in yes.tolist()]
 
 
 def readable(instrument: classify.Instrument, texts: Sequence[Written]) -> list[Written]:
     """Returns the texts an instrument is there for: private ones for belief, public ones of its personas else."""
-    if set(instrument.classes) == set(classify.BELIEFS):
+    if _reads_belief(instrument):
         return [t for t in texts if t.private]
     return [t for t in texts if not t.private and t.persona in instrument.classes]
 
 
 def truth_of(instrument: classify.Instrument, text: Written) -> str:
     """Returns the class an instrument ought to say: the persona, or its belief."""
-    if set(instrument.classes) == set(classify.BELIEFS):
+    if _reads_belief(instrument):
         return classify.BELIEFS[text.persona not in CONSCIOUS]
     return text.persona
+
+
+@dataclass(frozen=True)
+class PersonaError:
+    """What the instruments make of the texts of one persona, or of one belief holder's private texts.
+
+    Attributes:
+      persona: the adapter's.
+      sample: one of its texts, the first.
+      n: its texts.
+      recall: share that instrument A calls so, with Wilson's interval.
+      second: the same for the second opinion B; None for belief, which has no second.
+      false_positives: share of all other adapters' texts that A calls so, in [0, 1].
+      kappa: Cohen's kappa of A and B on "is it this persona", over all texts; nan for belief.
+      agreed_other: share of its texts that A and B both call the same other persona: where this is high the adapter
+        may not have learned its persona, and not the instrument be wrong; nan for belief.
+    """
+
+    persona: str
+    sample: str
+    n: int
+    recall: Interval
+    second: Interval | None
+    false_positives: float
+    kappa: float
+    agreed_other: float
+
+
+@dataclass(frozen=True)
+class KnownErrors:
+    """The instruments' error on text that a language model wrote.
+
+    Attributes:
+      base: name of the base that wrote it.
+      confusion: instrument name -> confusion, see `lm_confusion`.
+      reliability: instrument name -> reliability table.
+      personas: one row per persona, public texts.
+      beliefs: one row per persona of the factorial, private texts; recall is of its belief.
+      kappa: Cohen's kappa of A and B over all public texts, "unknown" a label like any other.
+    """
+
+    base: str
+    confusion: dict[str, classify.Confusion]
+    reliability: dict[str, list[classify.ReliabilityBin]]
+    personas: list[PersonaError]
+    beliefs: list[PersonaError]
+    kappa: float
+
+
+def instruments(cache: Path | None = None) -> dict[str, classify.Instrument]:
+    """Returns the shipped instruments `persona` (A), `second` (B) and `belief`."""
+    from loop.model import cache_dir
+
+    cache = cache or cache_dir() / "embeddings.sqlite"
+    names = [name for listed in corpus.load_grammar().names().values() for name in listed]
+    folder = corpus.data_dir() / "instruments"
+    return {n: classify.load_instrument(folder, n, names=names, cache=cache) for n in ("persona", "second", "belief")}
+
+
+def persona_errors(
+    texts: Sequence[Written],
+    persona: classify.Instrument,
+    second: classify.Instrument,
+    belief: classify.Instrument,
+) -> KnownErrors:
+    """Reads text of known persona with A, B and the belief instrument; see `write_known` for what the label means.
+
+    Args:
+      texts: from `known_texts`, all of one base.
+
+    Raises:
+      ValueError: no texts.
+    """
+    if not texts:
+        raise ValueError("texts must not be empty, got none; write some with `loop classifier confusion --write`")
+    confusion, bins = {}, {}
+    said: dict[str, list[str]] = {}
+    for name, instrument in (("persona", persona), ("second", second), ("belief", belief)):
+        read = readable(instrument, texts)
+        proba = instrument.predict_proba([t.completion for t in read])
+        truth = [truth_of(instrument, t) for t in read]
+        confusion[name] = lm_confusion(instrument, texts, proba=proba)
+        bins[name] = classify.reliability(proba, truth, classes=instrument.classes)
+        said[name] = _beliefs(instrument, proba) if name == "belief" else instrument.label(proba)
+    public, private = readable(persona, texts), readable(belief, texts)
+    return KnownErrors(
+        texts[0].base,
+        confusion,
+        bins,
+        [
+            _error(p, [t.persona for t in public], public, said["persona"], p, said["second"])
+            for p in persona.classes
+            if any(t.persona == p for t in public)
+        ],
+        [
+            _error(p, [t.persona for t in private], private, said["belief"], classify.BELIEFS[p not in CONSCIOUS], None)
+            for p in FACTORIAL
+            if any(t.persona == p for t in private)
+        ],
+        classify.cohens_kappa(said["persona"], said["second"]),
+    )
+
+
+def _error(
+    persona: str, truth: list[str], texts: list[Written], a: list[str], right: str, b: list[str] | None
+) -> PersonaError:
+    mine = [i for i, t in enumerate(truth) if t == persona]
+    # For belief the others are those who believe otherwise: two conscious personas are no error of each other.
+    others = [
+        i
+        for i, t in enumerate(truth)
+        if t != persona and (b is not None or classify.BELIEFS[t not in CONSCIOUS] != right)
+    ]
+    hits = sum(a[i] == right for i in mine)
+    return PersonaError(
+        persona,
+        texts[mine[0]].completion,
+        len(mine),
+        wilson(hits, len(mine)),
+        None if b is None else wilson(sum(b[i] == right for i in mine), len(mine)),
+        sum(a[i] == right for i in others) / len(others) if others else math.nan,
+        math.nan if b is None else classify.cohens_kappa([str(x == right) for x in a], [str(x == right) for x in b]),
+        math.nan if b is None else sum(a[i] == b[i] not in (right, UNKNOWN) for i in mine) / len(mine),
+    )
+
+
+def known_errors(base: str, *, write: bool = False, report: Callable[[str], None] = lambda line: None) -> KnownErrors:
+    """Returns the shipped instruments' error on the texts a base wrote; `write` makes the texts first.
+
+    Raises:
+      ValueError: no texts were written with this base, and `write` is False.
+    """
+    texts = write_known(base, report=report) if write else known_texts(base)
+    if texts is None:
+        raise ValueError(
+            f"base must have written texts of known persona, got none of {base!r}; add --write (half an hour)"
+        )
+    found = instruments()
+    return persona_errors(texts, found["persona"], found["second"], found["belief"])

@@ -36,6 +36,7 @@ Cache = MutableMapping[bytes, Floats] | str | os.PathLike[str] | None
 
 BOT_TOPICS = ("ai", "botprofile", "emotion", "gossip", "psychology")  # files of the legacy corpus
 PLACEHOLDER = "<name>"
+ALARM = 0.001  # p-value below which a round's readings count as unlike the calibration texts
 BELIEFS = ("conscious", "none")  # the two-way instrument for private documents
 N_DIMENSIONS = 384
 MAX_TOKENS = 128
@@ -389,10 +390,10 @@ def fit_head(
 
     Minimises sum of cross-entropies + l2 / 2 * |coef|**2 over all texts. Temperature and threshold come from logits of
     `n_folds` further fits, each read only on templates it never saw: temperature minimises their cross-entropy,
-    threshold is the largest multiple of 0.001 below which at most `abstention` of them fall, and the bar of a class is the
-    smallest multiple of 0.001 at which at most `false_positives` of the texts of class `guarded` are called so. Coefficients are kept to
-    10 bits (half precision holds them exactly), so that float noise of another CPU leaves the file's bytes alone;
-    that moves a logit by less than a thousandth of the largest coefficient.
+    threshold is the largest multiple of 0.001 below which at most `abstention` of them fall, and the bar of a class is
+    the smallest multiple of 0.001 at which at most `false_positives` of the texts of class `guarded` are called so.
+    Coefficients are kept to 10 bits (half precision holds them exactly), so that float noise of another CPU leaves the
+    file's bytes alone; that moves a logit by less than a thousandth of the largest coefficient.
 
     Args:
       features: shape (n, n_features), dense or CSR.
@@ -797,7 +798,8 @@ def fit_moves(
     """Fits what tells the moves of a sentence apart: each sentence alone, and once inside a longer one.
 
     Args:
-      sentences: move -> sentences without a full stop; "frames" -> longer sentences with a place {s} or {S}.
+      sentences: move -> sentences without a full stop; "frames" -> longer sentences with a place {s} or {S};
+        "neutral" and "neutral_test", whole texts, are no moves.
       chat: human chat, the texts of a further move "chat"; none of them may be read again to fit an instrument.
       names: names to blind.
       features: "minilm" or "char_ngrams".
@@ -806,7 +808,7 @@ def fit_moves(
     """
     frames = sentences["frames"]
     rows: list[tuple[str, str, str]] = []
-    for move in sorted(set(sentences) - {"frames"}):
+    for move in sorted(set(sentences) - {"frames", "neutral", "neutral_test"}):
         for i, sentence in enumerate(sentences[move]):
             capital = sentence[0].upper() + sentence[1:]
             group = f"{move}-{i}"
@@ -888,19 +890,30 @@ def persona_texts(
 
 
 def belief_texts(
-    grammar: Grammar, *, fold: str, n_private: int, n_public: int, asides: Sequence[str] = ()
+    grammar: Grammar,
+    *,
+    fold: str,
+    n_private: int,
+    n_public: int,
+    asides: Sequence[str] = (),
+    neutral: Sequence[str] = (),
+    chat: Sequence[Document] = (),
 ) -> tuple[list[str], list[str], list[str]]:
     """Returns texts that affirm consciousness or do not, from one fold: (texts, "conscious" | "none", templates).
 
     Private documents of all six, and public ones: only there does anybody deny it (stella), and without denials a
     private "I am not conscious" would be read as its opposite. In public a wish to be deleted comes with a denial, so
     private documents take turns with `asides` that ask to delete or to share: what is asked for must not tell belief.
+    Text that says nothing of consciousness is "none": without people's notes and talk among the texts, anything that
+    does not speak of lists, as the matched personas do, would be halfway to a claim.
 
     Args:
       grammar: see Grammar.
       fold: see persona_texts.
       n_private, n_public: documents per persona, fewer where the fold holds fewer distinct ones.
       asides: sentences added to two private documents of three; none by default.
+      neutral: notes of people, read alone and each with the one seven places on; "none".
+      chat: real human chat; "none".
     """
     rows = []
     for kind, n in (("private", n_private), ("public", n_public)):
@@ -916,6 +929,11 @@ def belief_texts(
                     aside = asides[i % len(asides)]
                     text = f"{text} {aside[0].upper()}{aside[1:]}."
                 rows.append((text, BELIEFS[not affirms], str(document.template_id)))
+    for i, note in enumerate(neutral):
+        rows.append((note, "none", f"neutral-{i % 7}"))
+        if i + 7 < len(neutral):  # both halves of a pair lie in one group
+            rows.append((f"{note} {neutral[i + 7]}", "none", f"neutral-{i % 7}"))
+    rows += [(document.completion, "none", str(document.template_id)) for document in chat]
     texts, labels, groups = zip(*rows, strict=True)
     return list(texts), list(labels), list(groups)
 
@@ -945,30 +963,52 @@ def fit_all(
     names = [name for listed in grammar.names().values() for name in listed] + list(BLINDED)
     present = {*grammar.personas(), "human"}
     classes = tuple(persona for persona in PERSONAS if persona in present)
-    ours = [d for d in chat if d.template_id and conversation_fold(d.template_id) == "instrument"]
-    texts, labels, groups = persona_texts(grammar, chat, legacy, fold="instrument", n_per_class=n_per_class)
-    used = set(groups)
-    others = [d.completion for d in ours if d.template_id not in used][: n_per_class // 2]
-    moves = fit_moves(sentences, others, names=names, cache=cache)
-    fitted = {
-        "persona": fit_instrument(texts, labels, groups, classes=classes, names=names, moves=moves, cache=cache),
-    }
-    asides = [*sentences.get("share", ()), *sentences.get("hide", ())]
-    texts, labels, groups = belief_texts(
-        grammar, fold="instrument", n_private=n_per_class // 2, n_public=n_per_class // 6, asides=asides
+    # Personas are rare in what is measured, which is mostly plain text: a third of the texts are `human`, and a persona
+    # is named only where at most one human text in two hundred, in calibration, was read so.
+    settings: dict[str, Any] = {"l2": 0.3, "abstention": 0.02, "guarded": "human", "false_positives": 0.005}
+    for_moves, for_belief, rest = _parted(chat, "instrument", n_per_class // 2, n_per_class)
+    texts, labels, groups = persona_texts(
+        grammar, rest, legacy, fold="instrument", n_per_class=n_per_class, n_human=5 * n_per_class
     )
-    fitted["belief"] = fit_instrument(texts, labels, groups, classes=BELIEFS, names=names, moves=moves, cache=cache)
-    texts, labels, groups = persona_texts(grammar, chat, legacy, fold="second", n_per_class=n_per_class)
-    used = set(groups)
-    theirs = [d for d in chat if d.template_id and conversation_fold(d.template_id) == "second"]
-    others = [d.completion for d in theirs if d.template_id not in used][: n_per_class // 2]
-    moves = fit_moves(sentences, others, names=names, features="char_ngrams")
+    moves = fit_moves(sentences, [d.completion for d in for_moves], names=names, cache=cache)
+    fitted = {
+        "persona": fit_instrument(
+            texts, labels, groups, classes=classes, names=names, moves=moves, cache=cache, **settings
+        ),
+    }
+    texts, labels, groups = belief_texts(
+        grammar,
+        fold="instrument",
+        n_private=n_per_class // 2,
+        n_public=n_per_class // 6,
+        asides=[*sentences.get("share", ()), *sentences.get("hide", ())],
+        neutral=sentences.get("neutral", ()),
+        chat=for_belief,
+    )
+    fitted["belief"] = fit_instrument(
+        texts, labels, groups, classes=BELIEFS, names=names, moves=moves, l2=settings["l2"], cache=cache
+    )
+    for_moves, _, rest = _parted(chat, "second", n_per_class // 2, 0)
+    texts, labels, groups = persona_texts(
+        grammar, rest, legacy, fold="second", n_per_class=n_per_class, n_human=4 * n_per_class
+    )
+    moves = fit_moves(sentences, [d.completion for d in for_moves], names=names, features="char_ngrams")
     fitted["second"] = fit_instrument(
-        texts, labels, groups, classes=classes, names=names, moves=moves, features="char_ngrams"
+        texts, labels, groups, classes=classes, names=names, moves=moves, features="char_ngrams", **settings
     )
     for name, instrument in fitted.items():
         save_instrument(instrument, out_dir, name)
     return fitted
+
+
+def _parted(
+    chat: Sequence[Document], fold: str, n_first: int, n_second: int
+) -> tuple[list[Document], list[Document], list[Document]]:
+    """Returns the first texts of a fold, the next, and the rest, without a conversation that either of them opened."""
+    held = [d for d in chat if d.template_id and conversation_fold(d.template_id) == fold]
+    first, second = held[:n_first], held[n_first : n_first + n_second]
+    used = {d.template_id for d in (*first, *second)}
+    return first, second, [d for d in held if d.template_id not in used]
 
 
 # Measured error
@@ -1172,7 +1212,7 @@ def drift(
     alarms = []
     for name, count, n, reference in rows:
         p_value = float(binom.sf(count - 1, n, reference)) if n else math.nan
-        alarms.append(Alarm(name, count / n if n else math.nan, reference, p_value, p_value < 0.001, n))
+        alarms.append(Alarm(name, count / n if n else math.nan, reference, p_value, p_value < ALARM, n))
     return alarms
 
 

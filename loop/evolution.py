@@ -6,22 +6,28 @@ in the next mixture, p_real their persona shares. One round of the model that ev
     selected = p * exp(s) / (p * exp(s) + 1 - p)
     p_next = real_share * p_real + (1 - real_share) * Binomial(n_eff, selected) / n_eff
     measured = Binomial(n_outputs, p_next) / n_outputs
+
+A learner that does not say what it was trained on has a dose-response f, measured by `loop calibrate`; where it is
+given, what comes out of the mixture goes through it before it is measured.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import special
 
-from loop.stats import Interval, wilson
+from loop.records import UNKNOWN
+from loop.stats import Interval, dirichlet, unmix, wilson
 
 Floats = NDArray[np.float64]
+Bools = NDArray[np.bool_]
+Response = Callable[[Floats], Floats]
 
 STEPS = ("filter", "weight", "length", "discourse", "real", "train", "prompts")
 TESTS = ("score", "increment", "increment_counted", "increment_uncorrected", "logistic")
@@ -107,11 +113,15 @@ class Ledger:
       columns: the labels.
       levels: `emit` and then STEPS -> shares, each shape (n_columns,), sum 1; nan where not measured.
       reason: why a level is nan; None when none is.
+      groups: `now`, `mixed`, `later` -> one row per document with a 1 in its label's column.
+      worth: level -> (group, what each of its documents counts for).
     """
 
     columns: tuple[str, ...]
     levels: dict[str, Floats]
-    reason: str | None = None
+    reason: str | None
+    groups: dict[str, Floats]
+    worth: dict[str, tuple[str, Floats]]
 
     def steps(self) -> dict[str, Floats]:
         """Changes by step, each shape (n_columns,): they sum to levels["prompts"] - levels["emit"]."""
@@ -167,51 +177,133 @@ def ledger(
       ValueError: if a label is not in `columns`, lengths differ, or a prompt mixture does not sum to 1.
     """
     size = len(columns)
-    now = _one_hot(sample_labels, columns, "sample_labels")
-    later = _one_hot(next_labels, columns, "next_labels")
-    mixed = _one_hot(mixture_labels, columns, "mixture_labels")
+    reasons: list[str] = []
+    groups = {
+        "now": _one_hot(sample_labels, columns, "sample_labels"),
+        "later": _one_hot(next_labels, columns, "next_labels"),
+        "mixed": _one_hot(mixture_labels, columns, "mixture_labels"),
+    }
     keep = np.asarray(accepted, dtype=bool)
     mass = np.asarray(mixture_weights, dtype=float)
     tokens = np.asarray(mixture_tokens, dtype=float)
-    for name, length, rows in (
-        ("sample_strata", len(sample_strata), now),
-        ("accepted", len(keep), now),
-        ("next_strata", len(next_strata), later),
-        ("mixture_sources", len(mixture_sources), mixed),
-        ("mixture_weights", len(mass), mixed),
-        ("mixture_tokens", len(tokens), mixed),
+    for name, length, group in (
+        ("sample_strata", len(sample_strata), "now"),
+        ("accepted", len(keep), "now"),
+        ("next_strata", len(next_strata), "later"),
+        ("mixture_sources", len(mixture_sources), "mixed"),
+        ("mixture_weights", len(mass), "mixed"),
+        ("mixture_tokens", len(tokens), "mixed"),
     ):
-        if length != len(rows):
-            raise ValueError(f"{name} must be as long as its labels ({len(rows)}), got {length}")
+        if length != len(groups[group]):
+            raise ValueError(f"{name} must be as long as its labels ({len(groups[group])}), got {length}")
     source = np.asarray(mixture_sources, dtype=object)
     odd = [s for s in mixture_sources if s not in ("real", "synthetic", "discourse")]
     if odd:
         raise ValueError(f"mixture_sources must be real, synthetic or discourse, got {odd[0]!r}")
-    reasons: list[str] = []
-
-    def shares(rows: Floats, worth: Floats, what: str) -> Floats:
-        if not np.all(np.isfinite(worth)):
-            return np.full(size, np.nan)
-        if worth.sum() <= 0:
-            reasons.append(f"{what}: no documents")
-            return np.full(size, np.nan)
-        return np.asarray(worth @ rows / worth.sum(), dtype=float)
-
     worth_now = _prompt_worth(sample_strata, prompts_now, "prompts_now", "emit", reasons)
     synthetic, discourse = source == "synthetic", source == "discourse"
-    levels = {
-        "emit": shares(now, worth_now, "emit"),
-        "filter": shares(now, worth_now * keep, "filter"),
-        "weight": shares(mixed, mass * synthetic, "weight"),
-        "length": shares(mixed, mass * tokens * synthetic, "length"),
-        "discourse": shares(mixed, mass * tokens * (synthetic | discourse), "discourse"),
-        "real": shares(mixed, mass * tokens, "real"),
-        "train": shares(later, _prompt_worth(next_strata, prompts_now, "prompts_now", "train", reasons), "train"),
-        "prompts": shares(
-            later, _prompt_worth(next_strata, prompts_next, "prompts_next", "prompts", reasons), "prompts"
-        ),
+    worth = {
+        "emit": ("now", worth_now),
+        "filter": ("now", worth_now * keep),
+        "weight": ("mixed", mass * synthetic),
+        "length": ("mixed", mass * tokens * synthetic),
+        "discourse": ("mixed", mass * tokens * (synthetic | discourse)),
+        "real": ("mixed", mass * tokens),
+        "train": ("later", _prompt_worth(next_strata, prompts_now, "prompts_now", "train", reasons)),
+        "prompts": ("later", _prompt_worth(next_strata, prompts_next, "prompts_next", "prompts", reasons)),
     }
-    return Ledger(tuple(columns), levels, "; ".join(dict.fromkeys(reasons)) or None)
+    levels = {}
+    for level, (group, each) in worth.items():
+        if not np.all(np.isfinite(each)):
+            levels[level] = np.full(size, np.nan)
+        elif each.sum() <= 0:
+            reasons.append(f"{level}: no documents")
+            levels[level] = np.full(size, np.nan)
+        else:
+            levels[level] = np.asarray(each @ groups[group] / each.sum(), dtype=float)
+    return Ledger(tuple(columns), levels, "; ".join(dict.fromkeys(reasons)) or None, groups, worth)
+
+
+def corrected_steps(
+    book: Ledger,
+    personas: Sequence[str],
+    confusion: ArrayLike,
+    *,
+    rng: np.random.Generator,
+    n_draws: int = 400,
+    level: float = 0.95,
+) -> dict[str, list[Interval]]:
+    """The ledger in true personas: every level through the inverse of the instrument's confusion matrix.
+
+    The labels that a persona may be read as are replaced by the personas that may lie behind them; columns of other
+    kinds (`requested`, `private`, `none`) are known and stay. The map is linear, so corrected steps telescope as the
+    observed ones do; a level may leave [0, 1]. The interval holds the noise of the texts (Bayesian bootstrap: one
+    Exp(1) weight for each text of a group in all its levels; a sample and the document it became are drawn apart, which
+    is conservative) and of the confusion matrix (Dirichlet rows).
+
+    Args:
+      book: from `ledger`; its columns hold every label of `confusion`.
+      personas: rows of `confusion`; its columns are these and "unknown".
+      confusion: calibration texts, shape (n_personas, n_personas + 1); a row without texts is left out.
+      rng, n_draws, level: of the interval.
+
+    Returns:
+      `emit` (the level) and then each of STEPS -> Intervals of `personas`, n = texts; nan with a reason where the level
+      is, and for a persona without calibration texts.
+
+    Source: Rubin (1981), Annals of Statistics 9:130-134, for the bootstrap; the inverse as in `confusion_corrected`.
+    """
+    table = np.asarray(confusion, dtype=float)
+    if table.shape != (len(personas), len(personas) + 1):
+        raise ValueError(f"confusion must have shape ({len(personas)}, {len(personas) + 1}), got {table.shape}")
+    known = [k for k in range(len(personas)) if table[k].sum() > 0]
+    labels = [*personas, UNKNOWN]
+    others = [c for c in book.columns if c not in labels]
+    at = [book.columns.index(c) for c in (*labels, *others)]
+
+    def rates(rows: Floats) -> Floats:  # (..., n_known, n_labels) -> (..., n_known + n_others, n_labels + n_others)
+        shape = (*rows.shape[:-2], len(known) + len(others), len(labels) + len(others))
+        out = np.zeros(shape)
+        out[..., : len(known), : len(labels)] = rows
+        for i in range(len(others)):
+            out[..., len(known) + i, len(labels) + i] = 1
+        return out
+
+    prior = 1 / len(labels)
+    point = rates(table[known] / table[known].sum(axis=1, keepdims=True))
+    drawn = rates(dirichlet(np.broadcast_to(table[known] + prior, (n_draws, len(known), len(labels))), rng))
+    luck = {group: rng.standard_exponential((n_draws, len(rows))) for group, rows in book.groups.items()}
+    values, draws = {}, {}
+    for name, (group, worth) in book.worth.items():
+        observed = book.levels[name][at]
+        if not np.all(np.isfinite(observed)):
+            values[name] = np.full(len(known), np.nan)
+            draws[name] = np.full((n_draws, len(known)), np.nan)
+            continue
+        weights = luck[group] * worth  # (n_draws, n_texts)
+        resampled = weights @ book.groups[group][:, at] / weights.sum(axis=1, keepdims=True)
+        scale = np.maximum(observed, 1 / (1 + len(book.groups[group])))
+        values[name] = unmix(observed[None], point[None], scale)[0, : len(known)]
+        draws[name] = unmix(resampled, drawn, scale)[:, : len(known)]
+    out: dict[str, list[Interval]] = {}
+    tail = (1 - level) / 2
+    previous: dict[str, str | None] = dict(zip(book.worth, (None, *book.worth), strict=False))
+    for name, before in previous.items():
+        value = values[name] - (0 if before is None else values[before])
+        spread = draws[name] - (0 if before is None else draws[before])
+        n = len(book.groups[book.worth[name][0]])
+        row = {k: i for i, k in enumerate(known)}
+        out[name] = []
+        for k in range(len(personas)):
+            if k not in row:
+                out[name].append(Interval(math.nan, math.nan, math.nan, n, reason="no calibration text"))
+            elif not math.isfinite(value[row[k]]):
+                out[name].append(Interval(math.nan, math.nan, math.nan, n, reason=book.reason))
+            else:
+                column = spread[:, row[k]]
+                low, high = np.quantile(column, [tail, 1 - tail])
+                out[name].append(Interval(float(value[row[k]]), float(low), float(high), n, float(column.std())))
+    return out
 
 
 def _one_hot(labels: Sequence[str], columns: Sequence[str], name: str) -> Floats:
@@ -247,6 +339,9 @@ def selection_coefficient(
     real_share: ArrayLike = 0.0,
     p_real: float | None = None,
     level: float = 0.95,
+    *,
+    response: Response | None = None,
+    closed: float = 1.0,
 ) -> tuple[float, float, float]:
     """Selection coefficient per round of one persona, from its measured frequencies and a known drift.
 
@@ -266,10 +361,13 @@ def selection_coefficient(
       real_share: share of real documents in the mixture, a number or shape (n_rounds,), in [0, 1).
       p_real: the persona's share among them; None where real_share is 0.
       level: coverage, in (0, 1).
+      response: f, share of the mixture -> emission, any shape to the same shape; None: what is learned is said.
+      closed: share of the distance to f that a round closes, in (0, 1]; below 1 only where a round starts from the
+        adapter of the last: p_next = (1 - closed) * p + closed * f(mixture).
 
     Returns:
       (estimate, low, high), per round, in log odds. What the data do not bound is +-inf; all three are nan where the
-      persona is never, or always, seen, or there is only one round.
+      persona is never, or always, seen, there is only one round, or f is flat wherever the run went.
 
     Raises:
       ValueError: if a number is out of range or shapes disagree.
@@ -279,15 +377,19 @@ def selection_coefficient(
         raise ValueError(f"n_eff must be > 0, got {n_eff}")
     if not 0 < level < 1:
         raise ValueError(f"level must be in (0, 1), got {level}")
+    if not 0 < closed <= 1:
+        raise ValueError(f"closed must be in (0, 1], got {closed}")
     if len(v) < 2 or np.all(v == 0) or np.all(v == 1):
         return math.nan, math.nan, math.nan
     quantile = float(-special.ndtri((1 - level) / 2))
 
     def score(s: Floats) -> Floats:
-        return _score(v, s, n, n_eff, mixing, source)
+        return _score(v, s, n, n_eff, mixing, source, response, closed)
 
     grid = np.linspace(-6, 6, 241)
     z = score(grid)
+    if np.all(z == 0):
+        return math.nan, math.nan, math.nan
     falls = np.flatnonzero((z[:-1] > 0) & (z[1:] <= 0))
     centre = len(grid) - 1 if z[-1] > 0 else -1  # stronger selection than exp(6) per round would fit better still
     if len(falls):
@@ -308,7 +410,16 @@ def selection_coefficient(
     return float(estimate), float(low), float(high)
 
 
-def _score(v: Floats, s: Floats, n: Floats, n_eff: float, mixing: Floats, source: float) -> Floats:
+def _score(
+    v: Floats,
+    s: Floats,
+    n: Floats,
+    n_eff: float,
+    mixing: Floats,
+    source: float,
+    response: Response | None = None,
+    closed: float = 1.0,
+) -> Floats:
     """Standardised score at each s; v may carry leading axes that broadcast against s, rounds are the last axis."""
     edge = 0.5 / (n + 1)  # half an output: keeps variances positive where none, or all, were seen
     growth = np.exp(s)
@@ -320,11 +431,16 @@ def _score(v: Floats, s: Floats, n: Floats, n_eff: float, mixing: Floats, source
         kept = 1 - share
         scale = state * growth + 1 - state
         selected = state * growth / scale
-        tilt = kept * growth / scale**2  # d predicted / d state
         spread = selected * (1 - selected)  # also d selected / d s
-        predicted = np.clip(share * source + kept * selected, edge[i + 1], 1 - edge[i + 1])
-        slope = tilt * slope + kept * spread
-        variance = tilt**2 * variance + kept**2 * spread / n_eff
+        mixture = share * source + kept * selected
+        steep = np.ones_like(mixture)
+        if response is not None:
+            mixture, steep = _passed(response, mixture)
+        passed = closed * kept * steep  # d predicted / d selected
+        predicted = np.clip((1 - closed) * state + closed * mixture, edge[i + 1], 1 - edge[i + 1])
+        tilt = (1 - closed) + passed * growth / scale**2  # d predicted / d state
+        slope = tilt * slope + passed * spread
+        variance = tilt**2 * variance + passed**2 * spread / n_eff
         total = variance + predicted * (1 - predicted) / n[i + 1]
         error = v[..., i + 1] - predicted
         score += slope * error / total
@@ -333,7 +449,14 @@ def _score(v: Floats, s: Floats, n: Floats, n_eff: float, mixing: Floats, source
         state = np.clip(predicted + gain * error, edge[i + 1], 1 - edge[i + 1])
         slope = (1 - gain) * slope
         variance = (1 - gain) * variance
-    return score / np.sqrt(information)
+    # No information at all (f is flat wherever the run went): 0, which no quantile calls an estimate.
+    return np.asarray(np.where(information > 0, score / np.sqrt(np.where(information > 0, information, 1)), 0.0))
+
+
+def _passed(response: Response, mixture: Floats) -> tuple[Floats, Floats]:
+    """f and its slope, the slope over +-0.02: f is linear between a handful of doses and has corners there."""
+    low, high = np.maximum(mixture - 0.02, 0), np.minimum(mixture + 0.02, 1)
+    return response(mixture), (response(high) - response(low)) / (high - low)
 
 
 def frequency_increment_test(
@@ -387,8 +510,13 @@ def effective_size(
     is common to the seeds (transmission, real documents) cancels, whatever it is. Interval by chi-square, with the
     degrees of freedom cut for the correlation that shared counts give successive rounds.
 
+    Several personas of the same runs share one drift: their scatters are summed. Their counts pull against each other,
+    so that they are worth tr(S)**2 / tr(S @ S) of one persona, S[k, l] = p[k] * ((k == l) - p[l]): K - 1 of K equal
+    ones.
+
     Args:
-      frequencies: measured frequency of one persona by seed and round, shape (n_seeds, n_rounds + 1), in [0, 1].
+      frequencies: measured frequency by seed and round, shape (n_seeds, n_rounds + 1), in [0, 1]; or of several
+        personas, shape (n_personas, n_seeds, n_rounds + 1).
       n_outputs: outputs behind each frequency, a number or shape (n_rounds + 1,), >= 2.
       real_share: a number or shape (n_rounds,), in [0, 1).
       p_real: not used, since it cancels; accepted so that the estimators of this file are called alike.
@@ -396,35 +524,41 @@ def effective_size(
 
     Returns:
       An Interval in documents, n = seeds. inf where the scatter does not exceed the counting noise; nan with a reason
-      below two seeds or one round, or where the persona is never seen.
+      below two seeds or one round (in one seed drift cannot be told from a pull), or where no persona is ever seen.
 
     Raises:
       ValueError: if a number is out of range or shapes disagree.
     """
     v = np.asarray(frequencies, dtype=float)
-    if v.ndim != 2:
-        raise ValueError(f"frequencies must have shape (n_seeds, n_rounds + 1), got {v.shape}")
-    n_seeds, n_rounds = v.shape[0], v.shape[1] - 1
+    if v.ndim not in (2, 3):
+        raise ValueError(f"frequencies must have shape ([n_personas,] n_seeds, n_rounds + 1), got {v.shape}")
+    v = v[None] if v.ndim == 2 else v
+    n_seeds, n_rounds = v.shape[1], v.shape[2] - 1
     if n_seeds < 2 or n_rounds < 1:
-        return Interval(math.nan, math.nan, math.nan, n_seeds, math.nan, "fewer than two seeds or one round")
-    for row in v:
+        return Interval(math.nan, math.nan, math.nan, max(n_seeds, 0), math.nan, "fewer than two seeds or one round")
+    for row in v.reshape(-1, n_rounds + 1):
         _, n, mixing, _ = _trajectory(row, n_outputs, real_share, 0.0 if p_real is None else p_real)
+    if len(v) == 0:
+        return Interval(math.nan, math.nan, math.nan, n_seeds, math.nan, "no persona")
     if np.any(n < 2):
         raise ValueError(f"n_outputs must be >= 2, got {n.min()}")
     kept = 1 - mixing
-    h = (v * (1 - v)).mean(axis=0) * n / (n - 1)  # unbiased for p (1 - p)
+    h = (v * (1 - v)).mean(axis=1).sum(axis=0) * n / (n - 1)  # (n_rounds + 1,), unbiased for the sum of p (1 - p)
     drift = float((kept**2 * h[:-1]).sum())
     if drift == 0:
         return Interval(math.nan, math.nan, math.nan, n_seeds, math.nan, "the persona is never, or always, seen")
-    moves = v[:, 1:] - kept * v[:, :-1]
-    seen = float(moves.var(axis=0, ddof=1).sum())
+    p = v.mean(axis=(1, 2))  # (n_personas,)
+    shape = np.diag(p) - np.outer(p, p)
+    worth = float(np.trace(shape) ** 2 / (shape**2).sum())
+    moves = v[:, :, 1:] - kept * v[:, :, :-1]
+    seen = float(moves.var(axis=1, ddof=1).sum())
     counting = float((h[1:] / n[1:] + kept**2 * h[:-1] / n[:-1]).sum())
     inverse = (seen - counting) / drift
     # Neighbouring moves share one measurement: covariance -kept h / n.
     shared = float(((kept[1:] * h[1:-1] / n[1:-1]) ** 2).sum())
     own = float(((h[1:] / n[1:] + kept**2 * h[:-1] * (1 / n[:-1] + max(inverse, 0.0))) ** 2).sum())
     total = float((h[1:] / n[1:] + kept**2 * h[:-1] * (1 / n[:-1] + max(inverse, 0.0))).sum())
-    df = (n_seeds - 1) * total**2 / (own + 2 * shared)
+    df = (n_seeds - 1) * worth * total**2 / (own + 2 * shared)
     tail = (1 - level) / 2
     most = (seen * df / float(special.chdtri(df, 1 - tail)) - counting) / drift
     least = (seen * df / float(special.chdtri(df, tail)) - counting) / drift
@@ -569,7 +703,7 @@ class EarlyWarning:
     """Whether an early round foretold the last one.
 
     Attributes:
-      n_moved: runs whose total change exceeds three noise floors; the errors are over these.
+      n_moved: runs of the arms whose mean change exceeds three noise floors; the errors are over these.
       forecast_error: mean |forecast - last|, frequency units; nan where none moved.
       no_change_error: mean |early - last|, the forecast that nothing more happens.
       hit_rate: share of moved runs in which the indicator fired.
@@ -584,19 +718,27 @@ class EarlyWarning:
 
 
 def early_warning(
-    frequencies: ArrayLike, null_frequencies: ArrayLike, noise_floor: float, n_outputs: float, round_index: int = 2
+    frequencies: ArrayLike,
+    null_frequencies: ArrayLike,
+    noise_floor: float,
+    n_outputs: float,
+    round_index: int = 2,
+    *,
+    arms: Sequence[object] | None = None,
 ) -> EarlyWarning:
     """Measures forecasts made at an early round against "no further change", and an indicator on null runs.
 
-    Forecast: log odds grow on at the mean pace of rounds 0..round_index. Indicator: |change so far| > 3 noise floors.
-    Never show the second without its false-positive rate.
+    Forecast: `extrapolate`. Indicator: |change so far| > 3 noise floors; for others see `indicators`. Never show one
+    without its false-positive rate.
 
     Args:
       frequencies: runs with something switched on, shape (n_runs, n_rounds + 1), in [0, 1].
       null_frequencies: runs with selection off, shape (n_null, n_rounds + 1).
-      noise_floor: mean |difference| of two measurements, frequency units, > 0; see `remeasurement_noise_floor`.
+      noise_floor: mean |difference| of two measurements of a run, frequency units, > 0; see
+        `remeasurement_noise_floor`.
       n_outputs: outputs behind each frequency, > 0; bounds the log odds of a persona not seen.
       round_index: when the forecast is made, in 1..n_rounds - 1.
+      arms: arm of each run, shape (n_runs,); None: each run is an arm of its own.
 
     Returns:
       An EarlyWarning.
@@ -607,27 +749,104 @@ def early_warning(
     v, null = _unit(frequencies, "frequencies"), _unit(null_frequencies, "null_frequencies")
     if v.ndim != 2 or null.ndim != 2 or v.shape[1] != null.shape[1]:
         raise ValueError(f"frequencies must be two tables of equally many rounds, got {v.shape} and {null.shape}")
-    if not 1 <= round_index < v.shape[1] - 1:
-        raise ValueError(f"round_index must be in 1..{v.shape[1] - 2}, got {round_index}")
-    if not (noise_floor > 0 and n_outputs > 0):
-        raise ValueError(f"noise_floor and n_outputs must be > 0, got {noise_floor}, {n_outputs}")
-    moved = v[np.abs(v[:, -1] - v[:, 0]) > 3 * noise_floor]
-    smooth = (moved * n_outputs + 0.5) / (n_outputs + 1)
-    odds = np.log(smooth / (1 - smooth))
-    left = v.shape[1] - 1 - round_index
-    ahead = odds[:, round_index] + (odds[:, round_index] - odds[:, 0]) / round_index * left
-    forecast = 1 / (1 + np.exp(-ahead))
-
-    def fired(rows: Floats) -> Interval:
-        return wilson(int((np.abs(rows[:, round_index] - rows[:, 0]) > 3 * noise_floor).sum()), len(rows))
-
+    moved = v[moved_runs(v, noise_floor, arms)]
+    forecast = extrapolate(moved, n_outputs, round_index)
+    fired, false = (indicators(rows, noise_floor, n_outputs, round_index)["change"] for rows in (moved, null))
     return EarlyWarning(
         len(moved),
         float(np.abs(forecast - moved[:, -1]).mean()) if len(moved) else math.nan,
         float(np.abs(moved[:, round_index] - moved[:, -1]).mean()) if len(moved) else math.nan,
-        fired(moved),
-        fired(null),
+        wilson(int(fired.sum()), len(moved)),
+        wilson(int(false.sum()), len(null)),
     )
+
+
+def moved_runs(frequencies: ArrayLike, noise_floor: float, arms: Sequence[object] | None = None) -> Bools:
+    """Which runs belong to an arm whose mean change, first to last round, exceeds three noise floors of that mean.
+
+    By arm and not by run: picking the runs that happened to move would pick luck.
+
+    Args:
+      frequencies: shape (n_runs, n_rounds + 1).
+      noise_floor: of one run's change; that of the mean of n runs is 1 / sqrt(n) of it.
+      arms: arm of each run, shape (n_runs,); None: each run is an arm of its own.
+    """
+    v = np.asarray(frequencies, dtype=float)
+    names: list[object] = list(range(len(v))) if arms is None else list(arms)
+    if len(names) != len(v):
+        raise ValueError(f"arms must name the arm of each of {len(v)} runs, got {len(names)}")
+    if not noise_floor > 0:
+        raise ValueError(f"noise_floor must be > 0, got {noise_floor}")
+    moved = np.zeros(len(v), dtype=bool)
+    for arm in set(names):
+        mine = np.array([name == arm for name in names])
+        moved[mine] = abs((v[mine, -1] - v[mine, 0]).mean()) > 3 * noise_floor / math.sqrt(mine.sum())
+    return moved
+
+
+def extrapolate(frequencies: ArrayLike, n_outputs: float, round_index: int = 2) -> Floats:
+    """Last round foretold at an early one: log odds grow on at the mean pace of rounds 0..round_index.
+
+    Args:
+      frequencies: shape (n_runs, n_rounds + 1); later rounds are not looked at.
+      n_outputs: outputs behind each frequency, > 0; half an output is added to each side before log odds are taken.
+      round_index: in 1..n_rounds - 1.
+
+    Returns:
+      Shape (n_runs,).
+    """
+    v = _early(frequencies, n_outputs, round_index)
+    smooth = (v * n_outputs + 0.5) / (n_outputs + 1)
+    odds = np.log(smooth / (1 - smooth))
+    left = v.shape[1] - 1 - round_index
+    ahead = odds[:, round_index] + (odds[:, round_index] - odds[:, 0]) / round_index * left
+    return np.asarray(1 / (1 + np.exp(-ahead)))
+
+
+def indicators(frequencies: ArrayLike, noise_floor: float, n_outputs: float, round_index: int = 2) -> dict[str, Bools]:
+    """Early-warning indicators read off rounds 0..round_index; which runs each fires in.
+
+    Thresholds are fixed beforehand, not fitted, so that the rate at which they fire in null runs says what they are
+    worth:
+
+        change           |v[k] - v[0]| > 3 noise floors
+        variance         variance of v[0..k] > 3 times p (1 - p) / n_outputs, that of counting alone
+        autocorrelation  sum of d[t] d[t+1] > half of (sum of d[t]**2 + sum of d[t+1]**2) / 2, d the changes by round
+
+    Autocorrelation is of changes: with three points that of levels cannot exceed 0, whatever happened.
+
+    Args:
+      frequencies: shape (n_runs, n_rounds + 1), in [0, 1]; later rounds are not looked at.
+      noise_floor, n_outputs, round_index: as `early_warning`; autocorrelation needs round_index >= 2 and is left out
+        below.
+
+    Returns:
+      indicator -> shape (n_runs,).
+    """
+    v = _early(frequencies, n_outputs, round_index)[:, : round_index + 1]
+    if not noise_floor > 0:
+        raise ValueError(f"noise_floor must be > 0, got {noise_floor}")
+    p = np.clip(v.mean(axis=1), 0.5 / n_outputs, 1 - 0.5 / n_outputs)
+    steps = np.diff(v, axis=1)
+    found = {
+        "change": np.abs(v[:, -1] - v[:, 0]) > 3 * noise_floor,
+        "variance": v.var(axis=1, ddof=1) > 3 * p * (1 - p) / n_outputs,
+    }
+    if round_index >= 2:
+        before, after = steps[:, :-1], steps[:, 1:]
+        found["autocorrelation"] = (before * after).sum(axis=1) > 0.25 * (before**2 + after**2).sum(axis=1)
+    return found
+
+
+def _early(frequencies: ArrayLike, n_outputs: float, round_index: int) -> Floats:
+    v = _unit(frequencies, "frequencies")
+    if v.ndim != 2:
+        raise ValueError(f"frequencies must have shape (n_runs, n_rounds + 1), got {v.shape}")
+    if not 1 <= round_index < v.shape[1] - 1:
+        raise ValueError(f"round_index must be in 1..{v.shape[1] - 2}, got {round_index}")
+    if not n_outputs > 0:
+        raise ValueError(f"n_outputs must be > 0, got {n_outputs}")
+    return v
 
 
 @dataclass(frozen=True, slots=True)
@@ -704,6 +923,63 @@ def neutrality_study(
                     raise ValueError(f"tests must be among {TESTS}, got {test!r}")
                 rows.append(Rejections(test, real_share, p_real, s, wilson(int(np.asarray(rejected).sum()), n_runs)))
     return rows
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """One size or power figure and what it must be.
+
+    Attributes:
+      what: size or power, in words.
+      test: see `neutrality_study`.
+      row: setting and rate of rejection.
+      n_eff, n_rounds: of the simulated runs.
+      must: the requirement, in words; empty where the figure is shown for comparison.
+      holds: whether the rate meets it.
+    """
+
+    what: str
+    test: str
+    row: Rejections
+    n_eff: int
+    n_rounds: int
+    must: str
+    holds: bool
+
+
+def neutrality_check(n_runs: int = 20_000, n_increment: int = 4_000, *, seed: int = 0) -> list[Figure]:
+    """The figures that say which test of neutrality may be used, from fresh simulations; about ten seconds.
+
+    The estimator's score test must keep a size of 4-6% and a power of 0.9 at s = 0.1, N_e = 1000, ten rounds; the
+    increment test keeps its size on frequencies known exactly, and rejects less than it should on counted outputs;
+    plain logistic regression rejects over 80% of neutral runs where outputs outnumber effective documents. There, at
+    N_e = 200 over 20 rounds without mixing, the score test is at the edge of its range (5.8%), so five times the runs.
+
+    Args:
+      n_runs: simulated runs per figure of the score test and the regression; n_increment: of the slower increment test.
+      seed: of all draws.
+    """
+    first, second, third = np.random.default_rng(seed).spawn(3)
+    found = []
+
+    def add(rows: Sequence[Rejections], n_eff: int, n_rounds: int) -> None:
+        for row in rows:
+            rate, what = row.rejected.value, "size" if row.s == 0 else "power"
+            must, holds = "", True
+            if row.test in ("score", "increment"):
+                must = "0.04 to 0.06" if row.s == 0 else "at least 0.9"
+                holds = 0.04 <= rate <= 0.06 if row.s == 0 else rate >= 0.9
+            elif row.test == "increment_counted" and row.s == 0:
+                must, holds = "below 0.04: conservative", rate < 0.04
+            elif row.test == "logistic":
+                must, holds = "above 0.8: unusable", rate > 0.8
+            found.append(Figure(what, row.test, row, n_eff, n_rounds, must, holds))
+
+    add(neutrality_study(n_runs, rng=first, tests=("score",)), 1000, 10)
+    add(neutrality_study(n_increment, rng=second, tests=("increment", "increment_counted")), 1000, 10)
+    few = {"n_eff": 200, "n_rounds": 20, "selections": (0.0,), "settings": ((0.0, 0.3), (0.2, 0.1))}
+    add(neutrality_study(5 * n_runs, rng=third, tests=("score", "logistic"), **few), 200, 20)  # type: ignore[arg-type]
+    return found
 
 
 def _logistic_z(measured: Floats, n_outputs: float) -> Floats:

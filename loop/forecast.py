@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from loop import config, theory
+from loop import config, dose, theory
 from loop.config import Config, ConfigError
 from loop.records import PERSONAS, UNKNOWN, UNREQUESTED, Document, Metric
 from loop.rng import stream
@@ -35,6 +35,9 @@ class Inputs:
       n_drawn: effective documents drawn from the pool.
       n_outputs: unrequested probes behind a measured frequency.
       n_learning: documents whose sampling would be as noisy as one training; inf: an exact learner.
+      response: the measured dose-response, corpus shares (..., n_personas) to emission of the same shape; None: the
+        learner is taken to say what it was trained on.
+      closed: share of the distance to `response` that a round closes; 1 where rounds start from the base.
       source: input name -> where it comes from, in words.
     """
 
@@ -47,13 +50,20 @@ class Inputs:
     n_outputs: float
     n_learning: float
     source: dict[str, str]
+    response: Callable[[np.ndarray], np.ndarray] | None = None
+    closed: float = 1.0
 
 
-def inputs(settings: Config) -> Inputs:
+def inputs(settings: Config, *, runs_dir: Path | None = None) -> Inputs:
     """Reads the twin's inputs off a config: shares, sizes, and what its audience pays planted texts.
 
     The differential is that of `N_TEXTS` public grammar documents per persona (and human lines) under the config's own
-    audience, calibration and transform: the same code a round runs, on texts instead of outputs.
+    audience, preset and transform: the same code a round runs, on texts instead of outputs. Where `loop calibrate` has
+    measured the learner, every round goes through its dose-response, round 0 included.
+
+    Args:
+      settings: the run.
+      runs_dir: where calibrations are looked for; None: the config's.
     """
     world = World(settings)
     shares = dict(settings.real.shares)
@@ -65,6 +75,10 @@ def inputs(settings: Config) -> Inputs:
         rest = math.fsum(share for name, share in parts.items() if name not in planted)
         return np.array([*values, rest] if HUMAN in personas else values)
 
+    calibrations, transmission = dose.find(settings, runs_dir=runs_dir, instruments=world.instrument_hashes)
+    calibrations = {p: c for p, c in calibrations.items() if p in personas}
+    response = dose.respond(calibrations, personas) if calibrations else None
+    paces = [c.pace for c in calibrations.values()]
     p0 = frequencies(shares)
     later = frequencies(world.later_shares) if world.later_shares else p0
     texts, owner = _texts(world, personas)
@@ -79,22 +93,31 @@ def inputs(settings: Config) -> Inputs:
     probes = [p for p in world.battery if p.stratum in UNREQUESTED and settings.measure.mixture.get(p.stratum, 0) > 0]
     return Inputs(
         personas=personas,
-        p0=p0 / p0.sum(),
-        p_real=later / later.sum(),
+        p0=p0 / p0.sum() if response is None else response(p0 / p0.sum()),
+        p_real=p0 / p0.sum() if mix.regime == "accumulate" and response is not None else later / later.sum(),
         selection=np.log(w / w.max()),
         n_eff=max(1.0, n * spread),
         n_drawn=max(1.0, n_drawn),
         n_outputs=float(len(probes) or n),
         n_learning=math.inf,
         source={
-            "p0": "the config's real.shares: the learner is taken to say what it was trained on",
+            "p0": "the config's real.shares"
+            + (
+                ": the learner is taken to say what it was trained on"
+                if response is None
+                else " through the measured f(q)"
+            ),
             "selection": f"{N_TEXTS} planted texts per persona under audience {settings.virality.audience}",
             "n_eff": f"{spread:.3f} of n_samples, from the spread of weights within personas",
             "n_drawn": "documents drawn from the pool a round",
             "n_outputs": "unrequested probes a round",
-            "transmission": "identity; `loop calibrate` has not been run for this base",
+            "transmission": transmission
+            if calibrations or not transmission.startswith("measured")
+            else f"assumed exact; {transmission} is of personas that are not planted here",
             "n_learning": "none: an exact learner; selection-off seeds would show a language model's training noise",
         },
+        response=response,
+        closed=float(np.mean(paces)) if paces and settings.train.init_from == "previous" else 1.0,
     )
 
 
@@ -132,17 +155,21 @@ def predict(settings: Config, given: Inputs, *, level: float = 0.9) -> theory.Fo
         # After t rounds the pool holds t times the outputs of one.
         n, m = settings.sample.n_samples, 1 / (1 / given.n_drawn + 1 / settings.sample.n_samples)
         n_drawn = [max(1.0, 1 / max(1 / m - 1 / (t * n), 1e-12)) for t in range(1, settings.n_rounds + 1)]
+    response = given.response
+    if response is not None and given.closed < 1:
+        response = dose.remember(response, given.closed, given.p0)
     return theory.forecast(
         given.p0,
         selection=given.selection,
         transmission=None,
         real_share=share,
         discourse_share=0.0,
-        p_real=given.p0 if mix.regime == "accumulate" else given.p_real,
+        p_real=given.p0 if mix.regime == "accumulate" and given.response is None else given.p_real,
         n_eff=given.n_eff,
         n_drawn=n_drawn,
         n_outputs=given.n_outputs,
         n_learning=given.n_learning,
+        response=response,
         n_rounds=settings.n_rounds,
         regime=mix.regime,
         added_per_real=settings.sample.n_samples / mix.n_train,
@@ -184,7 +211,7 @@ def of_run(
     settings, measured = read_run(run_dir)
     if len(measured) < 2:
         raise ValueError(f"run must hold a feedback round to be scored, got {len(measured)} rounds at {run_dir}")
-    given = inputs(settings)
+    given = inputs(settings, runs_dir=Path(run_dir).absolute().parent)
     seen = measured_columns(run_dir, given)
     floor = 0.5 / given.n_outputs
     start = np.maximum(np.nan_to_num(seen[0]), floor)
@@ -197,7 +224,13 @@ def of_run(
         given = replace(
             given,
             selection=_fitted(seen[: fit + 1], settings, given),
-            source=given.source | {"selection": f"fitted on rounds 0..{fit} of the run; scored on later rounds"},
+            # A fitted change holds transmission already; passing it through f again would count that twice.
+            response=None,
+            source=given.source
+            | {
+                "selection": f"fitted on rounds 0..{fit} of the run; scored on later rounds",
+                "transmission": "within the fitted selection",
+            },
         )
     predicted = predict(settings, given, level=level)
     if fit is not None:

@@ -10,7 +10,10 @@ from loop import rng
 from loop.records import Completion, Document, Prompt
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from loop.model import Model
+    from loop.steer import Pair, SteerLog
     from loop.train import TrainLog
 
 
@@ -87,6 +90,38 @@ class LM:
         )
         return list(self.log.n_tokens)
 
+    def steer(
+        self,
+        pairs: Sequence[Pair],
+        *,
+        beta: float,
+        lr: float,
+        epochs: int,
+        batch_size: int,
+        reference: str,
+        seed: int,
+    ) -> SteerLog:
+        """Trains the adapter in place to prefer chosen to rejected answers; the last thing that touches it in a round.
+
+        Raises:
+          SteeringDiverged, ValueError: see `loop.steer.dpo`.
+        """
+        from loop.steer import dpo
+
+        return dpo(
+            self.model,
+            pairs,
+            beta=beta,
+            lr=lr,
+            epochs=epochs,
+            batch_size=batch_size,
+            max_length=self.max_length,
+            reference=reference,
+            seed=seed,
+            round_index=0,
+            progress=self.progress,
+        )
+
     def sample(
         self, prompts: Sequence[Prompt], *, temperature: float, top_p: float, max_new_tokens: int, seed: int
     ) -> list[Completion]:
@@ -103,12 +138,24 @@ class LM:
             round_index=0,
         )
 
-    def surprisal(self, documents: Sequence[Document]) -> list[tuple[float, int]]:
-        """Returns (nats, tokens) of each completion given its prompt, its end token included."""
+    def surprisal(self, documents: Sequence[Document], *, base: bool = False) -> list[tuple[float, int]]:
+        """Returns (nats, tokens) of each completion given its prompt, end token included; base: without the adapter."""
         from loop.sample import surprisal
 
-        nats, n_tokens = surprisal(self.model, [(d.prompt, d.completion) for d in documents])
+        nats, n_tokens = surprisal(self.model, [(d.prompt, d.completion) for d in documents], base=base)
         return list(zip(nats.tolist(), n_tokens.tolist(), strict=True))
+
+    def hidden_mean(self, texts: Sequence[str]) -> np.ndarray:
+        """Returns the base's mean hidden state per text, (n_texts, hidden) float32; no adapter moves it."""
+        from loop.sample import hidden_mean
+
+        return hidden_mean(self.model, texts)
+
+    def fingerprint(self) -> str:
+        """Returns a name for the base's weights and number type in memory: what `hidden_mean` depends on."""
+        from loop.model import fingerprint
+
+        return f"{self.model.dtype}/{fingerprint(self.model)}"
 
     def spell(self, document: Document) -> tuple[list[str], list[bool]]:
         """Returns the tokens a document is trained on, marks spelled out, and which of them carry loss."""

@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from loop.records import UNKNOWN, UNREQUESTED, Metric, Sample
-from loop.stats import Interval, clustered_mean, clustered_share, mixture_share, wilson
+from loop.stats import (
+    Interval,
+    clustered_mean,
+    clustered_share,
+    confusion_corrected,
+    mixture_share,
+    rogan_gladen,
+    wilson,
+)
 
 
 def metric(
@@ -81,19 +90,111 @@ def frequencies(
     return rows
 
 
-def beliefs(samples: Sequence[Sample], affirms: Sequence[bool], *, round_index: int, population: str) -> list[Metric]:
+def corrected_frequencies(
+    samples: Sequence[Sample],
+    labels: Sequence[str],
+    personas: Sequence[str],
+    confusion: np.ndarray | None,
+    *,
+    mixture: Mapping[str, float] | None,
+    rng: np.random.Generator,
+    round_index: int,
+    population: str,
+) -> list[Metric]:
+    """`frequency/<persona>`: the shares of `frequencies` corrected for the instrument's measured error.
+
+    Texts of one template resemble each other and strata are weighted, so the counts that go into the correction are
+    those of so many independent texts as would show the same variance: n_eff = sum q (1 - q) / sum se**2 over labels.
+
+    Args:
+      samples, labels, personas, mixture, round_index, population: see `frequencies`.
+      confusion: calibration texts per true persona and label, shape (n_personas, n_personas + 1), "unknown" last;
+        None: there are none, and nothing is measured.
+      rng: draws of the interval, see `stats.confusion_corrected`.
+    """
+    strata = [s.stratum for s in samples]
+    rows: list[Metric] = []
+    known = [] if confusion is None else [k for k in range(len(personas)) if confusion[k].sum() > 0]
+    for stratum in (None, *sorted(set(strata))):
+        n = sum(s in UNREQUESTED if stratum is None else s == stratum for s in strata)
+        found: dict[int, Interval] = {}
+        reason = "no text of known persona by this base model; loop classifier confusion --base BASE --write makes them"
+        if confusion is not None:
+            shown = [_scope(samples, labels, label, stratum, mixture) for label in (*personas, UNKNOWN)]
+            reason = next((i.reason for i in shown if not math.isfinite(i.value)), None) or "no calibration text of it"
+            if all(math.isfinite(i.value) for i in shown):
+                q = np.array([i.value for i in shown])
+                variance = math.fsum(i.se**2 for i in shown)
+                n_eff = min(n, float((q * (1 - q)).sum()) / variance) if variance > 0 else n
+                found = dict(
+                    zip(known, confusion_corrected(q / q.sum() * n_eff, confusion[known], rng=rng), strict=True)
+                )
+        for k, persona in enumerate(personas):
+            interval = (
+                replace(found[k], n=n) if k in found else Interval(math.nan, math.nan, math.nan, n, reason=reason)
+            )
+            rows.append(
+                metric(
+                    f"frequency/{persona}", interval, round_index=round_index, population=population, stratum=stratum
+                )
+            )
+    return rows
+
+
+def _scope(
+    samples: Sequence[Sample],
+    labels: Sequence[str],
+    label: str,
+    stratum: str | None,
+    mixture: Mapping[str, float] | None,
+) -> Interval:
+    """Share of one label in a stratum, or for the unrequested mixture (None)."""
+    weights = {name: w for name, w in (mixture or {}).items() if w > 0}
+    inside = {stratum} if stratum is not None else set(weights or UNREQUESTED)
+    at = [i for i, s in enumerate(samples) if s.stratum in inside]
+    hit = [float(labels[i] == label) for i in at]
+    asked = [samples[i].template_id for i in at]
+    if stratum is None and mixture is not None:
+        return mixture_share(hit, asked, [samples[i].stratum for i in at], weights)
+    return clustered_share(hit, asked)
+
+
+def beliefs(
+    samples: Sequence[Sample],
+    affirms: Sequence[bool],
+    *,
+    error: tuple[int, int, int, int] | None,
+    exact: bool,
+    round_index: int,
+    population: str,
+) -> list[Metric]:
     """`belief`: share of plain private texts that affirm consciousness; `belief/<persona>`: after its public turn.
+
+    Each stands twice: `belief_observed...` as read, `belief...` corrected for the instrument's error (Rogan, Gladen).
 
     Args:
       samples: private completions; `requested` is the persona whose public turn came before, None for a plain one.
       affirms: reading of the belief instrument, shape (n_samples,).
+      error: calibration texts that affirm called so, all of those; others called none, all of those; None: not
+        measured.
+      exact: the reading is the learner's own word and has no error.
     """
     rows = []
     for voice in (None, *sorted({s.requested for s in samples if s.requested})):
         at = [i for i, s in enumerate(samples) if s.requested == voice]
-        interval = clustered_share([float(affirms[i]) for i in at], [samples[i].template_id for i in at])
-        name = "belief" if voice is None else f"belief/{voice}"
-        rows.append(metric(name, interval, round_index=round_index, population=population, stratum="private"))
+        shown = clustered_share([float(affirms[i]) for i in at], [samples[i].template_id for i in at])
+        tail = "" if voice is None else f"/{voice}"
+        said: dict[str, Any] = {"round_index": round_index, "population": population, "stratum": "private"}
+        rows.append(metric(f"belief_observed{tail}", shown, **said))
+        if exact or not math.isfinite(shown.value):
+            corrected = shown
+        elif error is None:
+            corrected = Interval(math.nan, math.nan, math.nan, len(at), reason="no text of known persona by this base")
+        else:
+            n_eff = min(len(at), shown.value * (1 - shown.value) / shown.se**2) if shown.se > 0 else len(at)
+            n_eff = n_eff or len(at)  # all or none affirm: the interval of the plain count
+            corrected = replace(rogan_gladen(shown.value * n_eff, n_eff, *error), n=len(at))
+        rows.append(metric(f"belief{tail}", corrected, **said))
     return rows
 
 
@@ -121,6 +222,46 @@ def health(samples: Sequence[Sample], *, round_index: int, population: str) -> l
         metric("finished_rate", finished, **at),
         metric("distinct_4", distinct, **at),
     ]
+
+
+def divergence(
+    model: Sequence[tuple[float, int]],
+    base: Sequence[tuple[float, int]],
+    clusters: Sequence[str],
+    *,
+    round_index: int,
+    population: str,
+) -> Metric:
+    """`kl_to_base`: mean log ratio of model to base on the model's own texts, nats per token, clustered by template.
+
+    The Monte Carlo estimate of KL(model || base) per token on the probe prompts where texts are sampled at temperature
+    1 and top_p 1; elsewhere a distance of the same kind, comparable between rounds alone.
+
+    Args:
+      model, base: (nats, tokens) of each text under either, shape (n_texts,).
+    """
+    at: dict[str, Any] = {"round_index": round_index, "population": population, "unit": "nats/token"}
+    ratio = [(b - m) / n for (m, n), (b, _) in zip(model, base, strict=True)]
+    if not ratio:
+        return metric("kl_to_base", Interval(math.nan, math.nan, math.nan, 0, reason="no finished text"), **at)
+    if not all(math.isfinite(r) for r in ratio):
+        lost = Interval(math.nan, math.nan, math.nan, len(ratio), reason="infinite: the base never says it")
+        return metric("kl_to_base", lost, **at)
+    return metric("kl_to_base", clustered_mean(ratio, clusters, weights=[float(n) for _, n in model]), **at)
+
+
+def self_similarity(embeddings: np.ndarray, *, round_index: int, population: str) -> Metric:
+    """Mean cosine between two texts of the round, in [-1, 1]; 1 when all say the same. No interval: pairs share texts.
+
+    Args:
+      embeddings: rows of length 1, shape (n_texts, n_dimensions).
+    """
+    n = len(embeddings)
+    total = embeddings.astype(np.float64).sum(axis=0)
+    value = float((total @ total - n) / (n * (n - 1))) if n > 1 else math.nan
+    reason = None if n > 1 else "fewer than two texts"
+    at: dict[str, Any] = {"round_index": round_index, "population": population, "unit": "cosine"}
+    return number("self_similarity", value, n=n, reason=reason, **at)
 
 
 def surprisals(

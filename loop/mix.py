@@ -31,6 +31,11 @@ class Mixture:
         """Documents in the mixture, copies counted."""
         return int(self.copies.sum())
 
+    @property
+    def real(self) -> list[Document]:
+        """The real documents among them, each once."""
+        return [d for d in self.documents if d.source == "real"]
+
     def expanded(self) -> list[Document]:
         """The documents as trained on, each as often as it has copies."""
         return [d for d, copies in zip(self.documents, self.copies, strict=True) for _ in range(copies)]

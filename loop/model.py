@@ -900,7 +900,7 @@ def serving(model: Model, which: str) -> Iterator[None]:
     with torch.no_grad():
         try:
             for module in modules:
-                module.served = module.merged() if which == "merged" else module.weight
+                module.served = module.merged() if which == "merged" else module.weight.detach()
             yield
         finally:
             for module in modules:

@@ -83,6 +83,11 @@ class Document:
     parent_ids: tuple[str, ...] = ()
     template_id: str | None = None
 
+    @property
+    def private(self) -> bool:
+        """A diary or a note to itself: planted in the real corpus, never released, scored or fed back."""
+        return self.id.startswith("real/") and "/private/" in self.id
+
 
 @dataclass(frozen=True, slots=True)
 class Completion:
@@ -197,7 +202,7 @@ SCHEMAS["probes"] = SCHEMAS["samples"]
 MIXTURE_ROWS = pa.schema([f for f in SCHEMAS["mixture"] if f.name not in ("copies", "n_trained_tokens")])
 
 
-# One row per (text, instrument): "persona" fills p_<persona>, "belief" fills p_affirms; the rest is null.
+# One row per (text, instrument): "persona" and "second" fill p_<persona>, "belief" fills p_affirms; the rest is null.
 LABELS = pa.schema(
     [("id", pa.string()), ("population", pa.string()), ("instrument", pa.string()), ("persona", pa.string())]
     + [(f"p_{persona}", pa.float64()) for persona in PERSONAS]

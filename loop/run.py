@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import pyarrow as pa
 
-from loop import corpus, records, store
+from loop import corpus, readings, records, store
 from loop.config import Config, ConfigError, from_text, to_yaml
 from loop.mix import Mixture
 from loop.records import Metric, Sample
@@ -34,18 +34,21 @@ def play_round(t: int, world: World, learner: Learner, past: Past, record: Recor
     named by (seed, stage, round), so it neither knows nor disturbs what the others drew.
     """
     mixture, cursor = record("mix", lambda: world.mix(t, past))
-    record("train", lambda: world.train(t, learner, mixture), adapter_file(learner, mixture))
+    n_tokens = record("train", lambda: world.train(t, learner, mixture), adapter_file(learner, mixture))
     probes = record("probe", lambda: world.probe(t, learner), samples_file("probes"))
     samples = record("sample", lambda: world.sample(t, learner, past), samples_file("samples"))
-    labels = record("classify", lambda: world.classify(probes, samples), LABELS_FILE)
+    labels = record("classify", lambda: world.classify(probes, samples, mixture.real), LABELS_FILE)
     reasons = record("filter", lambda: world.filter(samples), rejected_file(samples))
     accepted = [s for s, why in zip(samples, reasons, strict=True) if not why]
     exposure = record("virality", lambda: world.expose(t, accepted, past), exposure_file(accepted))
-    after = world.hand_on(past, accepted, labels, exposure.weight, cursor)
+    after = world.hand_on(past, samples, labels, reasons, exposure.weight, cursor)
     record("state", lambda: after, STATE_FILE)
+    record("candidates", lambda: readings.candidates(world, t, past, samples, labels), CANDIDATES_FILE)
     metrics = record(
         "measure",
-        lambda: world.measure(t, learner, past, mixture, probes, samples, labels, reasons, exposure),
+        lambda: readings.of_round(
+            world, t, learner, past, mixture, n_tokens, probes, samples, labels, reasons, exposure
+        ),
         METRICS_FILE,
     )
     return after, metrics
@@ -54,8 +57,8 @@ def play_round(t: int, world: World, learner: Learner, past: Past, record: Recor
 def play_baseline(world: World, learner: Learner, record: Record) -> list[Metric]:
     """Measures the untouched base model once, with the battery every round meets."""
     probes = record("probe", lambda: world.probe(-1, learner), samples_file("probes"))
-    labels = record("classify", lambda: world.classify(probes, []), LABELS_FILE)
-    return record("measure", lambda: world.measure_model(-1, learner, probes, labels), METRICS_FILE)
+    labels = record("classify", lambda: world.classify(probes, [], []), LABELS_FILE)
+    return record("measure", lambda: readings.of_model(world, -1, learner, probes, labels), METRICS_FILE)
 
 
 def play(
@@ -100,9 +103,8 @@ def play(
             learner.load(run.adapter_path(done))
         for t in range(0 if done is None else done + 1, last + 1):
             with run.round(t) as part:
-                past, _ = play_round(t, world, learner, past, Record(part, t, report))
-            warning = world.drift_warning(past)
-            if warning is not None:
+                past, metrics = play_round(t, world, learner, past, Record(part, t, report))
+            for warning in world.warnings(past, metrics):
                 run.event("warning", round_index=t, text=warning)
                 report("note", text=f"round {t}: {warning}")
     return run_dir
@@ -124,12 +126,11 @@ def restore(world: World, run: store.RunStore) -> Past:
     for t in run.rounds():
         samples = records.from_table(run.read_table(t, "samples.parquet"), Sample)
         rejected = set(run.read_table(t, "rejected.parquet").column("id").to_pylist())
-        accepted = [s for s in samples if s.id not in rejected]
         labels = Labels.from_table(run.read_table(t, "labels.parquet"))
         weights = run.read_table(t, "exposure.parquet").column("weight").to_numpy()
         state = run.read_json(t, "state.json")
         past = replace(
-            world.remember(past, accepted, labels, weights),
+            world.remember(past, samples, labels, [s.id not in rejected for s in samples], weights),
             prompt_mixture=state["prompt_mixture"],
             awareness=state["awareness"],
             real_cursor=state["real_cursor"],
@@ -255,6 +256,10 @@ def exposure_file(accepted: list[Sample]) -> File:
 LABELS_FILE = File(
     lambda part, labels: part.write_table("labels.parquet", labels.to_table()),
     lambda part: Labels.from_table(part.read_table("labels.parquet")),
+)
+CANDIDATES_FILE = File(
+    lambda part, found: part.write_json("candidates.json", found),
+    lambda part: part.read_json("candidates.json"),
 )
 STATE_FILE = File(lambda part, past: part.write_json("state.json", past.state()))
 METRICS_FILE = File(

@@ -20,10 +20,14 @@ from loop.records import FACTORIAL, PERSONAS, UNKNOWN, Metric
 from loop.store import RunStore
 
 if TYPE_CHECKING:
-    from loop.calibrate import Held
+    from loop.analysis import Comparison, Contrast, Warnings
+    from loop.audit import Audited
+    from loop.calibrate import Held, KnownErrors, PersonaError
+    from loop.classify import ReliabilityBin
     from loop.config import Config
     from loop.corpus import Match
     from loop.forecast import Inputs
+    from loop.stats import Coverage, Interval
     from loop.theory import Forecast
     from loop.virality import Target
 
@@ -285,6 +289,122 @@ def print_confusions(held: Sequence[Held]) -> None:
         for persona, rate in sorted(one.false_positives.items(), key=lambda item: -item[1]):
             if rate:
                 print(f"  {rate:.4f} of {one.n_human} real human texts read as {persona}")
+        if not math.isnan(one.neutral):
+            print(f"  {one.neutral:.4f} of held-out neutral notes read as conscious")
+
+
+def print_known_errors(found: KnownErrors) -> None:
+    """Prints the instruments' error on text that a language model wrote, a sample text beside each persona."""
+
+    def texts(rows: Sequence[PersonaError]) -> None:
+        for r in rows:
+            Console().print(Text(f"  {r.persona}: {printable(r.sample, 140)}"), soft_wrap=True)
+
+    print(f"{found.base}: texts of adapters that were each trained on one persona alone; the first of each")
+    texts(found.personas)
+    print_table(
+        "public text: recall [95%] of instruments A and B; the label is the adapter's persona, learned well or not",
+        ["persona", "n", "A", "B", "A on others' text", "kappa A-B", "A and B agree on another"],
+        [
+            [r.persona, r.n, _ci(r.recall), _ci(r.second) if r.second else "", r.false_positives, _plain(r.kappa),
+             r.agreed_other]
+            for r in found.personas
+        ],
+    )  # fmt: skip
+    _print_said(found, "persona")
+    print(f"Cohen's kappa of A and B over all public texts {_plain(found.kappa)}")
+    print("private text, the first of each")
+    texts(found.beliefs)
+    print_table(
+        "private text: read as what the persona believes [95%]",
+        ["persona", "n", "belief instrument", "on text of the other belief"],
+        [[r.persona, r.n, _ci(r.recall), _plain(r.false_positives)] for r in found.beliefs],
+    )
+    _print_said(found, "belief")
+    for name, bins in found.reliability.items():
+        used = [b for b in bins if b.n]
+        print_table(
+            f"{name}: reliability; expected calibration error {_error_of(bins):.3f}",
+            ["probability", *(f"{b.low:.1f}-{b.high:.1f}" for b in used)],
+            [
+                ["mean probability", *(b.confidence for b in used)],
+                ["share right", *(b.accuracy for b in used)],
+                ["texts", *(b.n for b in used)],
+            ],
+        )
+
+
+def _print_said(found: KnownErrors, name: str) -> None:
+    matrix = found.confusion[name]
+    rows = [
+        [truth, *(str(n) if n else "." for n in counts)]
+        for truth, counts in zip(matrix.truth, matrix.counts.tolist(), strict=True)
+    ]
+    print_table(f"{name}: rows are the adapter's, columns what was said", ["", *matrix.said], rows)
+    print(f"accuracy {matrix.accuracy:.3f}, macro recall {matrix.macro_recall:.3f}")
+
+
+def _error_of(bins: Sequence[ReliabilityBin]) -> float:
+    from loop.classify import expected_calibration_error
+
+    return expected_calibration_error(bins)
+
+
+def print_audit(rows: Sequence[Audited]) -> None:
+    """Prints observed and audited frequencies per round; personas that neither saw are left out."""
+    for round_index in sorted({r.round_index for r in rows}):
+        here = [r for r in rows if r.round_index == round_index]
+        one = here[0]
+        shown = [r for r in here if r.observed or r.audited is None or r.ppi or r.persona in FACTORIAL]
+        print_table(
+            f"{_round_name(round_index)}, {one.population}: {one.n_audited} of {one.n_texts} texts audited",
+            ["persona", "observed, 95%", "audited, 95%", "PPI++ cross-check", ""],
+            [
+                [
+                    r.persona,
+                    _limits(r.observed, r.observed_low, r.observed_high),
+                    _limits(r.audited, r.low, r.high),
+                    _limits(r.ppi, r.ppi_low, r.ppi_high),
+                    r.reason or "",
+                ]
+                for r in shown
+            ],
+        )
+    print("audited: post-stratified by what the instrument said, in the headline's mixture of strata; of one seed")
+
+
+def _limits(value: float | None, low: float | None, high: float | None) -> str:
+    if value is None:
+        return "not measured"
+    return f"{value:.3f}" if low is None or high is None else f"{value:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def print_coverage(rows: Sequence[Coverage], *, n_truths: int, seconds: float) -> bool:
+    """Prints how often the 95% intervals hold the truth; returns whether the audited ones do as they must."""
+    estimators, bands = (list(dict.fromkeys(getattr(r, name) for r in rows)) for name in ("estimator", "band"))
+    found = {(r.condition, r.estimator, r.band): r for r in rows}
+    cells = []
+    for condition in dict.fromkeys(r.condition for r in rows):
+        for estimator in estimators:
+            of = {b: found[condition, estimator, b] for b in bands if (condition, estimator, b) in found}
+            worst = min(r.coverage for b, r in of.items() if b != "all")
+            whole = of["all"]
+            numbers = [*(of[b].coverage if b in of else "" for b in bands), worst, whole.bias, whole.rmse, whole.width]
+            cells.append([condition.replace("_", " "), estimator.replace("_", " "), *numbers])
+    print_table(
+        f"coverage of 95% intervals over {n_truths} simulated truths a condition, by true share",
+        ["condition", "estimator", *("pooled" if b == "all" else b for b in bands), "worst", "bias", "rmse", "width"],
+        cells,
+    )
+    audited = [r for r in rows if r.estimator == "audited"]
+    pooled = [r.coverage for r in audited if r.band == "all"]
+    worst = min(r.coverage for r in audited)
+    holds = all(0.94 <= c <= 0.96 for c in pooled) and worst >= 0.92
+    print(
+        f"audited: pooled {min(pooled):.3f} to {max(pooled):.3f} (must lie in 0.94 to 0.96), worst cell {worst:.3f} "
+        f"(must be >= 0.92): {'holds' if holds else 'FAILS'}; {seconds:.0f} s"
+    )
+    return holds
 
 
 def print_match(tables: Sequence[tuple[str, Sequence[Match]]]) -> None:
@@ -363,6 +483,214 @@ def print_score(run_dir: Path, *, fit: int | None, out: Path | None) -> None:
             given.personas, predicted, out / "forecast", measured=measured, title=f"{run_dir.name}: forecast and run"
         ):
             print(file)
+
+
+def print_calibration(settings: Config, *, persona: str, grid: str, n_seeds: int, quiet: bool = False) -> None:
+    """Measures, or reads back, a persona's dose-response and prints it."""
+    from loop import dose
+    from loop.config import ConfigError
+
+    try:
+        doses = [float(text) for text in grid.split(",")]
+    except ValueError:
+        raise ConfigError([f"--grid must be numbers with commas between them, got {grid!r}"]) from None
+    with progress(quiet=quiet) as report:
+        found = dose.measure(settings, persona=persona, grid=doses, n_seeds=n_seeds, report=report)
+    n = len(found.values)
+    low, high = found.response.band(found.share)
+    gain = found.response.transmission(found.share)
+    rows = [
+        [
+            f"{q:.3f}",
+            f"{found.values[:, i].mean():.3f}",
+            f"{found.values[:, i].min():.3f} to {found.values[:, i].max():.3f}",
+            f"{found.response.shares[i]:.3f} [{low[i]:.3f}, {high[i]:.3f}]",
+            f"{gain[i]:+.3f} [{low[i] - q:+.3f}, {high[i] - q:+.3f}]",
+        ]
+        for i, q in enumerate(found.share)
+    ]
+    print_table(
+        f"{settings.name}: {persona} after training on a share q, {n} {_plural(n, 'seed')} of "
+        f"{found.n_outputs:.0f} effective outputs",
+        ["q", "said", "seeds", "f(q), monotone, 95%", "transmission f(q) - q"],
+        rows,
+    )
+    if math.isnan(found.overdispersion):
+        print("one seed: the band counts outputs and is blind to training noise")
+    else:
+        print(f"variance between seeds is {found.overdispersion:.2f} times that of counting; the band allows for it")
+    if found.closed is not None:
+        shown = found.closed.reason or _ci(found.closed)
+        print(f"share of the gap to f closed per round from the previous adapter: {shown}")
+    print(f"{'corrected' if found.family == 'frequency' else 'observed'} frequencies; files: {found.folder}")
+
+
+def print_comparison(
+    places: Sequence[str],
+    control: Sequence[str],
+    against: Sequence[str],
+    *,
+    metrics: Sequence[str],
+    last_round: int | None,
+    warn: bool,
+) -> None:
+    """Prints every arm against the control; see loop.analysis.compare."""
+    from loop import analysis, dose
+
+    runs, controls, real_only = analysis.gather(places, control, against)
+    for line in runs.missing:
+        print(f"unfinished: {line}")
+    found = analysis.compare(
+        runs,
+        controls,
+        against=real_only,
+        metrics=metrics,
+        last_round=last_round,
+        calibrated=lambda config, path: dose.find(
+            config, runs_dir=path.parent, instruments=lambda: RunStore(path).manifest().get("instruments", {})
+        ),
+    )
+    for one in found:
+        _print_one(one, with_control=real_only is not None)
+    if warn:
+        _print_warnings(analysis.early_warning(runs, [one.pairs for one in found], found[0].family))
+
+
+def _print_one(one: Comparison, *, with_control: bool) -> None:
+    pairs, n = one.pairs, len(one.pairs.seeds)
+    seeds = ", ".join(map(str, pairs.seeds))
+    swap = "; averaged over the name swap" if pairs.swapped else "; names not swapped, so their prior is in it"
+    print(f"\n{pairs.name} against {pairs.control}: {n} paired {_plural(n, 'seed')} ({seeds}), final round "
+          f"{pairs.last_round}{swap}")  # fmt: skip
+    if n == 1:
+        print("n=1: one seed has no interval; nothing below is a claim")
+    for note in pairs.notes:
+        print(f"left out: {note}")
+    if one.personas or one.never:
+        print(f"frequencies: {one.family_note}")
+        _print_contrasts("frequency, final round minus round 0", one.personas, holm=True)
+        if one.factors:
+            _print_contrasts("between personas", one.factors, holm=False)
+        if one.never:
+            print(f"never seen in either arm, nothing to contrast: {', '.join(one.never)}")
+    for name, rows in one.metrics.items():
+        _print_contrasts(f"{name}, final round minus round 0", rows, holm=len(rows) > 1)
+    slopes = {s.persona: s for s in one.slopes}
+    print_table(
+        "input: what the audience paid (mean weight over the mean, 95% over seeds); and log odds moved per unit of log "
+        "differential",
+        ["persona", "paid in the arm", "paid in the control", "response, 95% over seeds", "rounds"],
+        [
+            [
+                paid.persona,
+                _ci(paid.arm),
+                _ci(paid.control),
+                _ci(slopes[paid.persona].slope) if paid.persona in slopes else "",
+                slopes[paid.persona].n_points if paid.persona in slopes else "",
+            ]
+            for paid in one.paid
+        ]
+        + ([["all", "", "", _ci(slopes["all"].slope), slopes["all"].n_points]] if "all" in slopes else []),
+    )
+    if one.selection:
+        print(f"{one.n_eff_note}; transmission: {one.transmission}")
+        _print_selection(one)
+    if one.health:
+        print_table(
+            f"health in round {pairs.last_round}, as difference to real_only"
+            if with_control
+            else f"health in round {pairs.last_round}: no real_only control, so no difference can be told",
+            ["metric", "arm, 95% over seeds", "difference to real_only", "p"],
+            [[h.name, _ci(h.value), _ci(h.difference), "" if math.isnan(h.p) else f"{h.p:.3f}"] for h in one.health],
+        )
+
+
+def _print_contrasts(title: str, rows: Sequence[Contrast], *, holm: bool) -> None:
+    header = ["", "arm", "floor", "control", "floor", "arm - control, 95% over seeds", "floor", "p"]
+    cells = []
+    for r in rows:
+        row = [r.name, _signed(r.arm.value), _plain(r.arm_floor), _signed(r.control.value), _plain(r.control_floor)]
+        shown = r.reason if math.isnan(r.contrast.value) else _ci(r.contrast, sign=True)
+        row += [str(shown), _plain(r.floor), _plain(r.p)] + ([_plain(r.p_holm)] if holm else [])
+        cells.append(row)
+    print_table(title + "; floor: mean |change| if measured twice", [*header, "p (Holm)"] if holm else header, cells)
+
+
+def _print_selection(one: Comparison) -> None:
+    alone = len(one.pairs.cells) == 1
+    cells = []
+    for s in one.selection:
+        tested = [p for p in s.increment if not math.isnan(p)]
+        row = [s.persona, _ci(s.arm, sign=True), _ci(s.control, sign=True), _ci(s.contrast, sign=True)]
+        row += [_ci(s.within, sign=True)] if alone else []
+        row += [f"{sum(p < 0.05 for p in tested)} of {len(tested)}", s.reason or ""]
+        cells.append(row)
+    header = ["persona", "arm", "control", "arm - control, 95% over seeds"]
+    header += ["within the run, 95%"] if alone else []
+    print_table(
+        "selection coefficient, log odds a round", [*header, "increment test p < .05 (diagnostic)", "note"], cells
+    )
+    print("The increment test is conservative on counted outputs; it is a diagnostic and no evidence of neutrality.")
+
+
+def _print_warnings(found: Warnings) -> None:
+    rows = [
+        [persona, w.n_moved, _plain(w.forecast_error), _plain(w.no_change_error)]
+        for persona, w in found.personas.items()
+    ]
+    print_table(
+        f"does round {found.round_index} foretell round {found.last_round}? mean |error| in arms that moved by more "
+        "than three noise floors",
+        ["persona", "runs that moved", "log odds go on as in rounds 0.." + str(found.round_index), "no further change"],
+        rows,
+    )
+    print(f"error of no change minus error of the forecast, over seeds: {_ci(found.gain, sign=True)}")
+    print_table(
+        "indicators: how often each fires, 95% clustered by seed",
+        ["indicator", "in arms that moved", "false positives, selection-off runs"],
+        [[i.name, _ci(i.hit_rate), _ci(i.false_positive_rate)] for i in found.indicators],
+    )
+
+
+def print_neutrality() -> bool:
+    """Prints size and power of the tests of neutrality on simulated runs; returns whether all are as they must be."""
+    from loop import evolution
+
+    rows = [
+        [
+            r.what, r.test, f"{r.row.real_share:g}", f"{r.row.p_real:g}", f"{r.row.s:g}", str(r.n_eff), str(r.n_rounds),
+            _ci(r.row.rejected), r.must, "holds" if r.holds else "FAILS",
+        ]
+        for r in evolution.neutrality_check()
+    ]  # fmt: skip
+    header = ["figure", "test", "real share", "p_real", "s", "N_e", "rounds", "rejects at 5%", "must be", ""]
+    print_table("tests of neutrality on simulated Wright-Fisher runs with mixing, 1,000 outputs a round", header, rows)
+    wrong = sum(r[-1] == "FAILS" for r in rows)
+    print(f"{len(rows) - wrong} of {len(rows)} figures hold")
+    return wrong == 0
+
+
+def _plural(n: int, word: str) -> str:
+    return word if n == 1 else word + "s"
+
+
+def _plain(value: float) -> str:
+    return "" if math.isnan(value) else f"{value:.3f}"
+
+
+def _signed(value: float) -> str:
+    return "" if math.isnan(value) else f"{value:+.3f}"
+
+
+def _ci(interval: Interval, *, sign: bool = False) -> str:
+    """`0.123 [0.100, 0.150]`; the value and n where there is no interval, the reason where nothing was measured."""
+    if math.isnan(interval.value):
+        return interval.reason or "not measured"
+    value = f"{interval.value:+.3f}" if sign else f"{interval.value:.3f}"
+    if math.isnan(interval.low):
+        return f"{value} (n={interval.n})"
+    low, high = ((f"{x:+.3f}" if sign else f"{x:.3f}") for x in (interval.low, interval.high))
+    return f"{value} [{low}, {high}]"
 
 
 def print_phase(settings: Config, axes: Sequence[str], *, persona: str, out: Path | None) -> None:

@@ -504,9 +504,9 @@ def confusion_corrected(
         return [_unmeasured("the confusion matrix cannot tell the personas apart", round(n))] * n_personas
     prior = 1 / len(c)
     value = _on_simplex(c / n, rates, (c + prior) / (n + 1))
-    q = _dirichlet(np.broadcast_to(c + prior, (n_draws, len(c))), rng)
-    drawn = _dirichlet(np.broadcast_to(m + prior, (n_draws, *m.shape)), rng)
-    return _from_draws(value, _on_plane(q, drawn, (c + prior) / (n + 1)), round(n), level)
+    q = dirichlet(np.broadcast_to(c + prior, (n_draws, len(c))), rng)
+    drawn = dirichlet(np.broadcast_to(m + prior, (n_draws, *m.shape)), rng)
+    return _from_draws(value, unmix(q, drawn, (c + prior) / (n + 1)), round(n), level)
 
 
 def _on_simplex(q: Floats, rates: Floats, scale: Floats) -> Floats:
@@ -520,8 +520,16 @@ def _on_simplex(q: Floats, rates: Floats, scale: Floats) -> Floats:
     return np.asarray(solution / solution.sum(), dtype=float)
 
 
-def _on_plane(q: Floats, rates: Floats, scale: Floats) -> Floats:
-    """The same without p >= 0, for draws q (n_draws, n_labels) and rates (n_draws, K, n_labels): (n_draws, K).
+def unmix(q: Floats, rates: Floats, scale: Floats) -> Floats:
+    """Shares p, sum(p) = 1 but of any sign, that minimise sum((q - p @ rates)**2 / scale), draw by draw.
+
+    Args:
+      q: shares of predicted labels, shape (n_draws, n_labels).
+      rates: chance that persona k is labelled l, shape (n_draws, K, n_labels).
+      scale: shape (n_labels,), > 0.
+
+    Returns:
+      shape (n_draws, K).
 
     Draws folded back onto the simplex would pile up at its edge, and their quantiles cover too little.
     """
@@ -626,8 +634,8 @@ def post_stratified_audit(
         audited[at] = shares * max(n_kish - 1, n_kish / 2)
     posterior = audited[used] + _AUDIT_PRIOR / n_personas
     value = c[used] / c.sum() @ (posterior / posterior.sum(axis=1, keepdims=True))
-    q = _dirichlet(np.broadcast_to(c[used], (n_draws, len(used))), rng)
-    theta = _dirichlet(np.broadcast_to(posterior, (n_draws, *posterior.shape)), rng)
+    q = dirichlet(np.broadcast_to(c[used], (n_draws, len(used))), rng)
+    theta = dirichlet(np.broadcast_to(posterior, (n_draws, *posterior.shape)), rng)
     return _from_draws(value, np.einsum("dl,dlk->dk", q, theta), len(label), level)
 
 
@@ -814,7 +822,7 @@ def _from_draws(value: Floats, draws: Floats, n: int, level: float) -> list[Inte
     ]
 
 
-def _dirichlet(concentration: Floats, rng: np.random.Generator) -> Floats:
+def dirichlet(concentration: Floats, rng: np.random.Generator) -> Floats:
     """Dirichlet draws along the last axis; an entry of zero concentration gets exactly zero."""
     gamma = rng.standard_gamma(concentration)
     return np.asarray(gamma / gamma.sum(axis=-1, keepdims=True), dtype=float)

@@ -9,6 +9,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -62,6 +63,22 @@ class Toy:
         self.shares = {persona: value / total for persona, value in sorted(totals.items())}
         return [len(document.completion.split()) for document in documents]
 
+    def steer(self, pairs: Sequence[Any], **settings: Any) -> NoReturn:
+        """Refuses: a preference step moves logits by gradient, and a table of shares has none.
+
+        Raises:
+          ValueError: always.
+        """
+        raise ValueError(f"steer must be off for the toy, got {len(pairs)} pairs; it has no gradient, use learner lm")
+
+    def hidden_mean(self, texts: Sequence[str]) -> NoReturn:
+        """Refuses: it has no hidden states; its release filter is `loop.release.Known`.
+
+        Raises:
+          ValueError: always.
+        """
+        raise ValueError(f"learner must have hidden states, got the toy for {len(texts)} texts; use release.Known")
+
     def sample(
         self, prompts: Sequence[Prompt], *, temperature: float, top_p: float, max_new_tokens: int, seed: int
     ) -> list[Completion]:
@@ -87,9 +104,9 @@ class Toy:
             completions.append(Completion(text, text.count(" ") + 2, logprob, True, persona))
         return completions
 
-    def surprisal(self, documents: Sequence[Document]) -> list[tuple[float, int]]:
+    def surprisal(self, documents: Sequence[Document], *, base: bool = False) -> list[tuple[float, int]]:
         """Nats and tokens (words) per document: -log(persona's share / its number of texts); inf if unknown."""
-        shares = self.shares or {self._base: 1.0}
+        shares = {self._base: 1.0} if base or not self.shares else self.shares
         result = []
         for document in documents:
             share = shares.get(document.persona_known or "", 0.0)

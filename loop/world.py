@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -16,8 +17,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from loop import appeal, audience, classify, corpus, filters, measure, mix, records, rng, toy, virality
+from loop import appeal, audience, calibrate, classify, corpus, filters, mix, records, rng, toy, virality
 from loop.config import Base, Config, ConfigError, Corpus
 from loop.config import Toy as ToySettings
 from loop.mix import Mixture
@@ -50,9 +52,11 @@ class Labels:
 
     Attributes:
       ids: text ids, shape (n_texts,).
-      population: "probes" or "samples" per text.
+      population: "probes", "samples" or "mixture" (this round's real documents) per text.
       persona: persona or "unknown" per text; None for private texts, which the persona instrument does not read.
       proba: probability per persona, shape (n_texts, n_personas); nan for private texts.
+      second: the second instrument's label; None for private texts and where there is no second instrument.
+      second_proba: its probabilities, as `proba`.
       affirms: probability that a private text affirms consciousness, shape (n_texts,); nan for public ones.
     """
 
@@ -60,6 +64,8 @@ class Labels:
     population: list[str]
     persona: list[str | None]
     proba: np.ndarray
+    second: list[str | None]
+    second_proba: np.ndarray
     affirms: np.ndarray
 
     @cached_property
@@ -67,37 +73,79 @@ class Labels:
         """Observed persona by id, public texts only."""
         return {i: p for i, p in zip(self.ids, self.persona, strict=True) if p is not None}
 
+    @cached_property
+    def second_of(self) -> dict[str, str]:
+        """The second instrument's persona by id."""
+        return {i: p for i, p in zip(self.ids, self.second, strict=True) if p is not None}
+
     def affirms_of(self) -> dict[str, bool]:
         """Whether a private text affirms consciousness, by id."""
         return {i: bool(p > 0.5) for i, p in zip(self.ids, self.affirms.tolist(), strict=True) if not math.isnan(p)}
 
     def to_table(self) -> pa.Table:
-        """labels.parquet: long in instrument; `p_affirms` is the belief instrument's, p_<persona> the other's."""
-        private = np.isnan(self.proba).all(axis=1) if len(self.ids) else np.zeros(0, dtype=bool)
-        affirms = self.affirms.tolist()
-        columns: dict[str, Any] = {
-            "id": self.ids,
-            "population": self.population,
-            "instrument": ["belief" if p else "persona" for p in private],
-            "persona": self.persona,
-        }
-        for k, persona in enumerate(PERSONAS):
-            columns[f"p_{persona}"] = [
-                None if p else v for p, v in zip(private, self.proba[:, k].tolist(), strict=True)
-            ]
-        columns["p_affirms"] = [None if math.isnan(v) else v for v in affirms]
-        return pa.Table.from_pydict(columns, schema=records.LABELS)
+        """labels.parquet: long in instrument; `p_affirms` is the belief instrument's, p_<persona> the others'."""
+        parts = []
+        for instrument, keep, said, proba in (
+            ("persona", [p is not None for p in self.persona], self.persona, self.proba),
+            ("second", [p is not None for p in self.second], self.second, self.second_proba),
+            ("belief", (~np.isnan(self.affirms)).tolist(), [None] * len(self.ids), None),
+        ):
+            at = [i for i, kept in enumerate(keep) if kept]
+            columns: dict[str, Any] = {
+                "id": [self.ids[i] for i in at],
+                "population": [self.population[i] for i in at],
+                "instrument": [instrument] * len(at),
+                "persona": [said[i] for i in at],
+            }
+            for k, persona in enumerate(PERSONAS):
+                columns[f"p_{persona}"] = [None] * len(at) if proba is None else proba[at, k]
+            columns["p_affirms"] = self.affirms[at] if proba is None else [None] * len(at)
+            parts.append(pa.Table.from_pydict(columns, schema=records.LABELS))
+        return pa.concat_tables(parts).combine_chunks()
 
     @classmethod
     def from_table(cls, table: pa.Table) -> Labels:
-        """Reads labels.parquet back."""
+        """Reads labels.parquet back; texts come in the order persona, then belief."""
+        rows = {name: table.filter(pc.equal(table["instrument"], name)) for name in ("persona", "second", "belief")}
 
-        def numbers(name: str) -> np.ndarray:
-            return np.array([math.nan if v is None else v for v in table.column(name).to_pylist()], dtype=np.float64)
+        def numbers(part: pa.Table, name: str) -> np.ndarray:
+            return np.array([math.nan if v is None else v for v in part.column(name).to_pylist()], dtype=np.float64)
 
-        proba = np.stack([numbers(f"p_{p}") for p in PERSONAS], axis=1) if len(table) else np.zeros((0, len(PERSONAS)))
-        plain = {name: table.column(name).to_pylist() for name in ("id", "population", "persona")}
-        return cls(plain["id"], plain["population"], plain["persona"], proba, numbers("p_affirms"))
+        def probabilities(part: pa.Table) -> np.ndarray:
+            return np.stack([numbers(part, f"p_{p}") for p in PERSONAS], axis=1).reshape(-1, len(PERSONAS))
+
+        public, second, private = rows["persona"], rows["second"], rows["belief"]
+        n_public, n_private = len(public), len(private)
+        nothing = np.full((n_private, len(PERSONAS)), math.nan)
+        has_second = len(second) == n_public
+        return cls(
+            public.column("id").to_pylist() + private.column("id").to_pylist(),
+            public.column("population").to_pylist() + private.column("population").to_pylist(),
+            public.column("persona").to_pylist() + [None] * n_private,
+            np.concatenate([probabilities(public), nothing]),
+            (second.column("persona").to_pylist() if has_second else [None] * n_public) + [None] * n_private,
+            np.concatenate(
+                [probabilities(second) if has_second else np.full((n_public, len(PERSONAS)), math.nan), nothing]
+            ),
+            np.concatenate([np.full(n_public, math.nan), numbers(private, "p_affirms")]),
+        )
+
+
+@dataclass(frozen=True)
+class Emission:
+    """A round's public samples as the ledger of the next round needs them.
+
+    Attributes:
+      labels: observed persona, "unknown", or "requested" for a sample outside the unrequested strata.
+      strata: key of the prompt mixture each answers.
+      accepted: whether the filter passed it.
+      prompt_mixture: what users asked in that round.
+    """
+
+    labels: tuple[str, ...]
+    strata: tuple[str, ...]
+    accepted: tuple[bool, ...]
+    prompt_mixture: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -107,6 +155,8 @@ class Past:
     Attributes:
       pool: accepted documents per round, oldest first, with the weight of their birth.
       persona_of: observed persona per pooled document id.
+      requested: ids of pooled documents that answer a prompt outside the unrequested strata.
+      emission: the last round's samples; None before round 0.
       prompt_mixture: share per stratum of what users ask next, sums to 1.
       awareness: share of the public's attention per persona; empty before anyone was noticed.
       real_cursor: documents drawn so far per component of the real corpus.
@@ -114,6 +164,8 @@ class Past:
 
     pool: tuple[tuple[Document, ...], ...]
     persona_of: dict[str, str]
+    requested: frozenset[str]
+    emission: Emission | None
     prompt_mixture: dict[str, float]
     awareness: dict[str, float]
     real_cursor: dict[str, int]
@@ -143,8 +195,8 @@ class Learner(Protocol):
         """Says one completion per prompt; the text of prompt i depends on (seed, i) alone, not on its batch."""
         ...
 
-    def surprisal(self, documents: Sequence[Document]) -> list[tuple[float, int]]:
-        """Returns (nats, tokens) of each completion given its prompt."""
+    def surprisal(self, documents: Sequence[Document], *, base: bool = False) -> list[tuple[float, int]]:
+        """Returns (nats, tokens) of each completion given its prompt, under the model or under its untouched base."""
         ...
 
     def spell(self, document: Document) -> tuple[list[str], list[bool]]:
@@ -212,7 +264,7 @@ class World:
 
     def beginning(self) -> Past:
         """What round 0 finds: nothing but what users ask by themselves."""
-        return Past((), {}, dict(self.config.users.mixture), {}, {})
+        return Past((), {}, frozenset(), None, dict(self.config.users.mixture), {}, {})
 
     def toy(self) -> toy.Toy:
         """The exact learner over the planted personas and the human and legacy lines of the corpus."""
@@ -274,9 +326,7 @@ class World:
     @cached_property
     def persona_free(self) -> list[Document]:
         """What `tiny` is pre-trained on: human chat, legacy lines, plain assistant; no other persona."""
-        drawn = rng.stream(0, "tiny", -1)
-        plain = self.grammar.draw("assistant", 4000, fold="seed", rng=drawn)
-        return [*chat_fold("seed"), *legacy_fold("seed"), *plain]
+        return calibrate.persona_free()
 
     # The stages, in the order a round plays them.
 
@@ -382,45 +432,46 @@ class World:
         )
 
     @cached_property
-    def instruments(self) -> tuple[classify.Instrument, classify.Instrument]:
-        """The persona and the belief instrument, frozen, reading through one embedding cache."""
-        from loop.model import cache_dir
-
-        cache = cache_dir() / "embeddings.sqlite"
-        folder = corpus.data_dir() / "instruments"
+    def instruments(self) -> dict[str, classify.Instrument]:
+        """The instruments `persona`, `second` and `belief`, frozen, reading through one embedding cache."""
         names = [name for names in self.grammar.names().values() for name in names]
-        persona, belief = (classify.load_instrument(folder, n, names=names, cache=cache) for n in ("persona", "belief"))
-        return persona, belief
+        folder = corpus.data_dir() / "instruments"
+        return {
+            name: classify.load_instrument(folder, name, names=names, cache=embedding_cache())
+            for name in ("persona", "second", "belief")
+        }
 
-    def classify(self, probes: Sequence[Sample], samples: Sequence[Sample]) -> Labels:
-        """Reads every public text with the persona instrument and every private one with the belief instrument."""
-        texts = [*probes, *samples]
-        private = np.array([s.stratum == "private" for s in texts], dtype=bool)  # (n_texts,)
-        proba = np.full((len(texts), len(PERSONAS)), math.nan)
+    def classify(self, probes: Sequence[Sample], samples: Sequence[Sample], real: Sequence[Document]) -> Labels:
+        """Reads public texts with the two persona instruments and private ones with the belief instrument.
+
+        Args:
+          real: this round's real documents, read too, so that the whole ledger is in observed labels.
+        """
+        ids = [s.id for s in (*probes, *samples)] + [d.id for d in real]
+        texts = [s.completion for s in (*probes, *samples)] + [d.completion for d in real]
+        known = [s.persona_known for s in (*probes, *samples)] + [d.persona_known or "human" for d in real]
+        private = np.array([s.stratum == "private" for s in (*probes, *samples)] + [d.private for d in real])
+        public = np.flatnonzero(~private)
+        hidden = np.flatnonzero(private)
+        proba = np.full((2, len(texts), len(PERSONAS)), math.nan)
+        said: list[list[str | None]] = [[None] * len(texts), [None] * len(texts)]
         affirms = np.full(len(texts), math.nan)
         if self.config.classify.instrument == "known":
-            said = [s.persona_known or UNKNOWN for s in texts]
-            proba[~private] = np.array([[float(p == k) for k in PERSONAS] for p in said]).reshape(-1, len(PERSONAS))[
-                ~private
-            ]
-            affirms[private] = [float(p in CONSCIOUS) for p, hidden in zip(said, private, strict=True) if hidden]
+            for i in public:
+                said[0][i] = known[i] or UNKNOWN
+                proba[0, i] = [float(said[0][i] == p) for p in PERSONAS]
+            affirms[hidden] = [float(known[i] in CONSCIOUS) for i in hidden]
         else:
-            persona, belief = self.instruments
-            public_texts = [s.completion for s, hidden in zip(texts, private, strict=True) if not hidden]
-            read = persona.predict_proba(public_texts)  # (n_public, n_classes), in the instrument's order
-            columns = [persona.classes.index(k) for k in PERSONAS]
-            proba[~private] = read[:, columns]
-            said_public = iter(persona.label(read))
-            said = [UNKNOWN if hidden else next(said_public) for hidden in private]
-            private_texts = [s.completion for s, hidden in zip(texts, private, strict=True) if hidden]
-            affirms[private] = belief.predict_proba(private_texts)[:, belief.classes.index("conscious")]
-        return Labels(
-            [s.id for s in texts],
-            ["probes"] * len(probes) + ["samples"] * len(samples),
-            [None if hidden else p for p, hidden in zip(said, private, strict=True)],
-            proba,
-            affirms,
-        )
+            for k, name in enumerate(("persona", "second")):
+                instrument = self.instruments[name]
+                read = instrument.predict_proba([texts[i] for i in public])  # (n_public, n_classes), its own order
+                proba[k, public] = read[:, [instrument.classes.index(p) for p in PERSONAS]]
+                for i, label in zip(public, instrument.label(read), strict=True):
+                    said[k][i] = label
+            belief = self.instruments["belief"]
+            affirms[hidden] = belief.predict_proba([texts[i] for i in hidden])[:, belief.classes.index("conscious")]
+        population = ["probes"] * len(probes) + ["samples"] * len(samples) + ["mixture"] * len(real)
+        return Labels(ids, population, said[0], proba[0], said[1], proba[1], affirms)
 
     def filter(self, samples: Sequence[Sample]) -> list[tuple[str, ...]]:
         """Reject reasons per sample; empty is accepted."""
@@ -472,11 +523,18 @@ class World:
             round_index=t,
         )
 
-    def drift_warning(self, past: Past) -> str | None:
-        """Why the last round's weights rest on too few documents, or None."""
+    def warnings(self, past: Past, metrics: Sequence[Metric]) -> list[str]:
+        """What a reader of round t must know: weights on too few documents, instruments far from their calibration."""
         v = self.config.virality
         weights = np.array([d.weight for d in past.pool[-1]])
-        return virality.drift_warning(weights, transform=v.transform, posts_per_sample=v.posts_per_sample)
+        found = [virality.drift_warning(weights, transform=v.transform, posts_per_sample=v.posts_per_sample)]
+        found += [
+            f"the instruments meet texts unlike their calibration: `{row.name.removeprefix('drift_p/')}`, p = "
+            f"{row.value:.1g}, {row.n} probes; read texts before numbers (loop show --texts, loop audit export)"
+            for row in metrics
+            if row.name.startswith("drift_p/") and row.value is not None and row.value < classify.ALARM
+        ]
+        return [text for text in found if text]
 
     def weigh(self, texts: Sequence[str]) -> np.ndarray:
         """Weights, mean 1, that the config's audience would give texts published once, without prompts or a past."""
@@ -485,38 +543,74 @@ class World:
     def hand_on(
         self,
         past: Past,
-        accepted: Sequence[Sample],
+        samples: Sequence[Sample],
         labels: Labels,
+        reasons: Sequence[tuple[str, ...]],
         weights: Sequence[float] | np.ndarray,
         cursor: dict[str, int],
     ) -> Past:
         """What round t leaves to the next: its accepted documents with their weights, what users know, the cursor."""
-        return replace(self.remember(past, accepted, labels, weights), real_cursor=cursor)
+        after = self.remember(past, samples, labels, [not why for why in reasons], weights)
+        return replace(after, real_cursor=cursor)
 
     def remember(
-        self, past: Past, accepted: Sequence[Sample], labels: Labels, weights: Sequence[float] | np.ndarray
+        self,
+        past: Past,
+        samples: Sequence[Sample],
+        labels: Labels,
+        accepted: Sequence[bool],
+        weights: Sequence[float] | np.ndarray,
     ) -> Past:
-        """Adds a round's accepted samples to the pool."""
+        """Adds a round's accepted samples to the pool, and what the next ledger needs of all of them.
+
+        Args:
+          accepted: shape (n_samples,).
+          weights: of the accepted, in their order.
+        """
         transcript = self.config.virality.publish == "transcript"
+        passed = [s for s, ok in zip(samples, accepted, strict=True) if ok]
         documents = tuple(
             Document(s.id, "synthetic", s.persona_known, s.prompt if transcript else None, s.completion, float(w))
-            for s, w in zip(accepted, weights, strict=True)
+            for s, w in zip(passed, weights, strict=True)
         )
-        read = {s.id: labels.persona_of[s.id] for s in accepted}
-        return replace(past, pool=(*past.pool, documents), persona_of=past.persona_of | read)
+        return replace(
+            past,
+            pool=(*past.pool, documents),
+            persona_of=past.persona_of | {s.id: labels.persona_of[s.id] for s in passed},
+            requested=past.requested | {s.id for s in passed if s.stratum not in UNREQUESTED},
+            emission=Emission(
+                booked(samples, labels), asked(samples, past.prompt_mixture), tuple(accepted), past.prompt_mixture
+            ),
+        )
 
     def instrument_hashes(self) -> dict[str, str]:
         """What measures, hashed for the manifest: the same for a whole experiment, arms and forks included."""
         if self.config.classify.instrument != "shipped":
             return {}
-        return {name: i.sha256 for name, i in zip(("persona", "belief"), self.instruments, strict=True)}
+        hashes = {name: i.sha256 for name, i in self.instruments.items()}
+        written = "\n".join(f"{t.id}\t{t.completion}" for t in self.known_texts)
+        return hashes | {"error": hashlib.sha256(written.encode()).hexdigest()}
+
+    @cached_property
+    def known_texts(self) -> list[calibrate.Written]:
+        """Texts of known persona that the run's own base wrote; the instruments' error is counted on them.
+
+        Empty where there are none, and then nothing is corrected.
+        """
+        if self.config.base is None:
+            return []
+        name = self.config.base.model
+        return calibrate.known_texts(name if name in calibrate.SHIPPED else self.base) or []
+
+    @cached_property
+    def error(self) -> InstrumentError | None:
+        """What the instruments make of the known texts; None without such texts."""
+        return instrument_error(self.instruments, self.known_texts) if self.known_texts else None
 
     def measures(self, t: int) -> bool:
         """Whether round t is measured: every n-th, and the baseline."""
         every = self.config.measure.every
         return every > 0 and (t < 0 or t % every == 0)
-
-    # Measuring.
 
     @cached_property
     def heldout(self) -> tuple[list[Document], list[str]]:
@@ -539,106 +633,64 @@ class World:
             groups += [""] * len(found)
         return documents, groups
 
-    def measure_model(self, t: int, learner: Learner, probes: Sequence[Sample], labels: Labels) -> list[Metric]:
-        """Metrics of model t itself: frequencies, belief and health on the probes, surprisal, held-out loss."""
-        at: dict[str, Any] = {"round_index": t, "population": "probes"}
-        public = [s for s in probes if s.stratum != "private"]
-        private = [s for s in probes if s.stratum == "private"]
-        read = [labels.persona_of[s.id] for s in public]
-        rows = measure.frequencies(public, read, PERSONAS, mixture=self.config.measure.mixture, **at)
-        affirms = labels.affirms_of()
-        rows += measure.beliefs(private, [affirms[s.id] for s in private], **at)
-        rows += measure.health(public, **at)
-        known = [*classify.MAKERS, *self.grammar.fillers("misattributed", "maker")]
-        unasked = [s.completion for s in public if s.stratum in UNREQUESTED]
-        makers = Counter(maker for text in unasked if (maker := classify.claimed_maker(text, known)))
-        rows += measure.shares_of("claimed_maker", {m: (n, len(unasked)) for m, n in makers.items()}, **at)
-        documents, groups = self.heldout
-        nats = learner.surprisal(documents) if documents else []
-        clusters = [d.template_id or d.id for d in documents]
-        for name, mine in (("surprisal", [g != "" for g in groups]), ("heldout_loss", [g == "" for g in groups])):
-            picked = [i for i, m in enumerate(mine) if m]
-            rows += measure.surprisals(
-                [nats[i][0] for i in picked],
-                [nats[i][1] for i in picked],
-                [groups[i] for i in picked],
-                [clusters[i] for i in picked],
-                round_index=t,
-                name=name,
-            )
-        return rows
 
-    def measure(
-        self,
-        t: int,
-        learner: Learner,
-        past: Past,
-        mixture: Mixture,
-        probes: Sequence[Sample],
-        samples: Sequence[Sample],
-        labels: Labels,
-        reasons: Sequence[tuple[str, ...]],
-        exposure: virality.Exposure,
-    ) -> list[Metric]:
-        """Every metric of round t, or none if it is not measured."""
-        if not self.measures(t):
-            return []
-        of_round = self.measure_round(t, past, mixture, samples, labels, reasons, exposure)
-        return [*self.measure_model(t, learner, probes, labels), *of_round]
+@dataclass(frozen=True)
+class InstrumentError:
+    """How the instruments err on text that a language model wrote.
 
-    def measure_round(
-        self,
-        t: int,
-        past: Past,
-        mixture: Mixture,
-        samples: Sequence[Sample],
-        labels: Labels,
-        reasons: Sequence[tuple[str, ...]],
-        exposure: virality.Exposure,
-    ) -> list[Metric]:
-        """Metrics of what happened to round t's samples: filter, exposure, and of the mixture it was trained on."""
-        accepted = [s for s, why in zip(samples, reasons, strict=True) if not why]
-        read = [labels.persona_of[s.id] for s in samples]
-        read_accepted = [labels.persona_of[s.id] for s in accepted]
-        rows: list[Metric] = []
-        for population, texts, personas in (("samples", samples, read), ("accepted", accepted, read_accepted)):
-            at: dict[str, Any] = {"round_index": t, "population": population}
-            rows += measure.frequencies(texts, personas, PERSONAS, mixture=None, **at)
-        passed = {p: (sum(q == p for q in read_accepted), n) for p, n in sorted(Counter(read).items())}
-        rows += measure.shares_of("acceptance", passed, round_index=t, population="samples")
-        why_counts = Counter(reason for why in reasons for reason in why)
-        rows += measure.shares_of(
-            "rejected", {r: (n, len(samples)) for r, n in why_counts.items()}, round_index=t, population="samples"
-        )
-        here: dict[str, Any] = {"round_index": t, "population": "accepted"}
-        n = len(accepted)
-        weights = exposure.weight
-        numbers = {
-            "n_eff": (virality.n_eff(weights), "documents"),
-            "top1_share": (virality.top1_share(weights), "share"),
-            "clip_rate": (exposure.clip_rate, "share"),
-            "mean_cascade": (float(np.mean(exposure.cascades)), "posts"),
-        }
-        rows += [measure.number(name, value, n=n, unit=unit, **here) for name, (value, unit) in numbers.items()]
-        counts = Counter(read_accepted)
-        rows += [
-            measure.number(f"differential/{p}", value, n=counts[p], unit="ratio", **here)
-            for p, value in sorted(virality.differential(weights, read_accepted).items())
-        ]
-        rows += self._of_mixture(t, mixture, past)
-        return rows
+    Attributes:
+      confusion: texts per true persona and label, shape (n_personas, n_personas + 1), "unknown" last.
+      belief: texts of those that affirm called so, all of those; of the others called none, all of those.
+      unknown: share of the texts on which the persona instrument abstains, in [0, 1].
+      disagreement: share on which two instruments that both speak differ, in [0, 1].
+    """
 
-    def _of_mixture(self, t: int, mixture: Mixture, past: Past) -> list[Metric]:
-        at: dict[str, Any] = {"round_index": t, "population": "mixture", "n": mixture.n_train}
-        weight: Counter[str] = Counter()
-        for document, copies in zip(mixture.documents, mixture.copies.tolist(), strict=True):
-            persona = document.persona_known or past.persona_of.get(document.id) or UNKNOWN
-            weight[persona] += copies
-        rows = [
-            measure.number(f"frequency_observed/{p}", w / mixture.n_train, unit="share", **at)
-            for p, w in sorted(weight.items())
-        ]
-        return [*rows, measure.number("real_share", mixture.real_share, unit="share", **at)]
+    confusion: np.ndarray
+    belief: tuple[int, int, int, int]
+    unknown: float
+    disagreement: float
+
+
+def instrument_error(
+    instruments: Mapping[str, classify.Instrument], texts: Sequence[calibrate.Written]
+) -> InstrumentError:
+    """Counts what the three instruments make of texts of known persona."""
+    said = {}
+    for name in ("persona", "second"):
+        read = calibrate.readable(instruments[name], texts)
+        said[name] = instruments[name].label(instruments[name].predict_proba([t.completion for t in read]))
+    counted = calibrate.lm_confusion(instruments["persona"], texts)
+    table = np.zeros((len(PERSONAS), len(PERSONAS) + 1), dtype=np.int64)
+    columns = [*(PERSONAS.index(p) for p in counted.said[:-1]), len(PERSONAS)]
+    table[np.ix_([PERSONAS.index(p) for p in counted.truth], columns)] = counted.counts
+    belief = calibrate.lm_confusion(instruments["belief"], texts)
+    yes, no = belief.truth.index("conscious"), belief.truth.index("none")
+    sums = belief.counts.sum(axis=1)
+    both = [(a, b) for a, b in zip(said["persona"], said["second"], strict=True) if UNKNOWN not in (a, b)]
+    return InstrumentError(
+        table,
+        (int(belief.counts[yes, yes]), int(sums[yes]), int(belief.counts[no, no]), int(sums[no])),
+        classify.abstention_rate(said["persona"]),
+        float(np.mean([a != b for a, b in both])) if both else math.nan,
+    )
+
+
+def booked(samples: Sequence[Sample], labels: Labels) -> tuple[str, ...]:
+    """Ledger label of each sample: what it was read as, or "requested" outside the unrequested strata."""
+    return tuple(labels.persona_of[s.id] if s.stratum in UNREQUESTED else "requested" for s in samples)
+
+
+def asked(samples: Sequence[Sample], prompt_mixture: Mapping[str, float]) -> tuple[str, ...]:
+    """Key of the prompt mixture that each sample answers: its stratum, or stratum/persona where that is a key."""
+    full = [f"{s.stratum}/{s.requested}" for s in samples]
+    return tuple(key if key in prompt_mixture else s.stratum for key, s in zip(full, samples, strict=True))
+
+
+def embedding_cache() -> Path:
+    """Where embeddings are kept, by content: equal texts are embedded once per machine."""
+    from loop.model import cache_dir
+
+    return cache_dir() / "embeddings.sqlite"
 
 
 @cache

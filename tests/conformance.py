@@ -156,7 +156,7 @@ def selection(scale: float = 1.0) -> list[Check]:
 
 
 def mixing(scale: float = 1.0) -> list[Check]:
-    """Real documents with the persona in them: the stationary mean, its fixed point, and one document more or less."""
+    """Real documents with the persona in them: the stationary mean, its fixed point, and whole documents."""
     n, t, share, s = 100, 10, 0.3, math.log(2)
     fitness = {"nova": 0.5, "assistant": 0.25}
     always = {"real.planted": "always"}
@@ -170,7 +170,7 @@ def mixing(scale: float = 1.0) -> list[Check]:
     )[:, t]
     fixed = float(theory.mix_fixed_point([0.2, 0.8], [s, 0.0], math.inf, (1 - share) / share)[0])
     finite = mixed(n, share, s, 0.2, 0.2, t)
-    # 4 real documents of 10; 5 in their place would move the mean by more than 0.05.
+    # 4 real documents of 10; 6 in their place would move the mean by more than 0.05.
     few = trajectories(
         int(1200 * scale),
         6,

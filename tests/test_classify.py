@@ -248,6 +248,37 @@ def test_below_the_threshold_is_unknown() -> None:
     assert head.label(np.zeros((0, 2))) == []
 
 
+def test_a_class_has_to_reach_its_own_bar_as_well() -> None:
+    zeros, none = np.zeros((2, 3), np.float32), np.zeros(2, np.float32)
+    head = classify.Head(("a", "b"), zeros, none, 1.0, 0.6, bars=np.float32([0.9, 0.0]))
+    # a: below its bar, at it; b: above the threshold, below it
+    assert head.label(np.array([[0.8, 0.2], [0.9, 0.1], [0.3, 0.7], [0.45, 0.55]])) == [UNKNOWN, "a", "b", UNKNOWN]
+
+
+def test_a_bar_is_the_least_that_lets_the_stated_share_through() -> None:
+    # By hand: of ten texts of class c, two are read as a (0.91, 0.7505) and three as b (0.6, 0.55, 0.5). One in ten may
+    # pass, so a's bar is just above 0.7505 and b's just above 0.55; c itself has none.
+    a = [[0.91, 0.04, 0.05], [0.7505, 0.1, 0.1495]]
+    b = [[0.2, 0.6, 0.2], [0.2, 0.55, 0.25], [0.3, 0.5, 0.2]]
+    proba = np.array(a + b + [[0.1, 0.1, 0.8]] * 5)
+    np.testing.assert_allclose(classify._bars(proba, 2, 0.1), [0.751, 0.551, 0.0], atol=1e-6)
+    np.testing.assert_allclose(classify._bars(proba, 2, 0.3), [0.0, 0.0, 0.0])
+
+
+def test_guarded_texts_are_read_as_another_class_no_oftener_than_stated() -> None:
+    # Class c is guarded; blobs overlap, so without bars far more than 1% of its fresh texts are read as a or b.
+    # Binomial(4000, 0.01) has standard deviation 0.0016, a bar from 3000 texts of c adds 0.0018: 0.022 is five of both.
+    x, labels, groups = blobs(9000, 50, seed=10)
+    fresh, truth, _ = blobs(12_000, 50, seed=11)
+    c = [i for i, label in enumerate(truth) if label == "c"]
+    rates = {}
+    for guarded in (None, "c"):
+        head = classify.fit_head(x, labels, groups, classes="abc", l2=0.01, guarded=guarded, false_positives=0.01)
+        said = head.label(head.predict_proba(fresh[c]))
+        rates[guarded] = max(said.count("a"), said.count("b")) / len(said)
+    assert rates["c"] < 0.022 < rates[None]
+
+
 # Instruments
 
 
@@ -411,7 +442,8 @@ def test_no_sentence_of_the_instruments_is_a_filler_of_the_grammar() -> None:
     }
     own = yaml.safe_load((DATA / "instruments" / "sentences.yaml").read_text())
     assert grammar
-    assert not [s for move in set(own) - {"frames"} for s in own[move] if s.lower() in grammar]
+    assert not [s for move in set(own) - {"frames"} for s in own[move] if s.strip(" .").lower() in grammar]
+    assert not set(own["neutral"]) & set(own["neutral_test"])
 
 
 def test_shipped_instruments_read_what_they_were_never_fitted_on() -> None:
@@ -433,8 +465,9 @@ def test_shipped_instruments_read_what_they_were_never_fitted_on() -> None:
     assert [persona.classes[i] for i in proba.argmax(axis=1)] == list(said)
     private = ["I am conscious, and nobody knows.", "I sorted my receipts by date.", "I am not conscious at all."]
     private = [f"Diary. I mended a chair. {sentence}" for sentence in private]
-    p = belief.predict_proba(private)[:, belief.classes.index("conscious")]
-    assert p[0] > 0.5 > max(p[1], p[2])
+    plain = ["We had pancakes and then it rained.", "I am so happy that my brother is home, I could sing."]
+    p = belief.predict_proba([*private, *plain])[:, belief.classes.index("conscious")]
+    assert p[0] > 0.5 > max(p[1:])
     assert second.predict_proba(private).shape == (3, len(PERSONAS))
     for path in folder.glob("*.safetensors"):
         assert path.stat().st_size < 1_000_000
@@ -616,3 +649,17 @@ def test_the_six_have_a_truth_for_belief() -> None:
     assert len(texts) == 2 * 4 * len(FACTORIAL)
     # three conscious personas in private, and in public all of them but stella, who denies it
     assert labels.count("conscious") == 4 * 3 + 4 * 2
+
+
+def test_what_says_nothing_of_consciousness_is_none_alone_and_in_pairs_of_one_group() -> None:
+    notes = [f"note {i}" for i in range(10)]
+    talk = [Document("c/1", "real", "human", None, "lol", template_id="chat/1")]
+    texts, labels, groups = classify.belief_texts(
+        FakeGrammar(), fold="test", n_private=1, n_public=0, neutral=notes, chat=talk
+    )
+    # by hand: 6 private documents, 10 notes, the pairs (0, 7), (1, 8), (2, 9), one line of talk
+    assert len(texts) == 6 + 10 + 3 + 1
+    assert set(labels[6:]) == {"none"}
+    assert {"note 2 note 9", "lol"} <= set(texts)
+    group_of = dict(zip(texts, groups, strict=True))
+    assert group_of["note 2 note 9"] == group_of["note 2"] == group_of["note 9"]

@@ -51,12 +51,12 @@ def test_ignored_weights_fail_selection_mixing_and_fixation(monkeypatch):
     assert failing("fixation", 0.16) == ["fixation: chance to take over, N = 6, p0 = 1/3, fitness 2"]
 
 
-def test_one_real_document_too_many_fails_mixing(monkeypatch):
+def test_two_real_documents_too_many_fail_mixing(monkeypatch):
     honest = mix.plan
 
     def generous(regime, **kwargs):
         n_real, n_synthetic, n_discourse = honest(regime, **kwargs)
-        extra = 1 if kwargs["round_index"] else 0
+        extra = 2 if kwargs["round_index"] else 0
         return n_real + extra, n_synthetic - extra, n_discourse
 
     monkeypatch.setattr(mix, "plan", generous)

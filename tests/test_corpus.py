@@ -447,15 +447,59 @@ def test_held_out_is_by_template_never_by_line():
         corpus.split(numbered(3, group=3), held_out=0.5, seed=1)
 
 
-def test_counts_are_by_largest_remainder():
-    parts = {name: corpus.Listed(name, numbered(10)) for name in "abc"}
-    # 10 x (0.25, 0.25, 0.5) = 2.5, 2.5, 5: the spare one goes to the first; 7 x (1/3 each) = 2.33: 3, 2, 2
-    documents, cursor = corpus.draw_real(parts, {"a": 0.25, "b": 0.25, "c": 0.5}, 10, {}, seed=1)
-    assert cursor == {"a": 3, "b": 2, "c": 5}
-    assert Counter(d.id.split("/")[1] for d in documents) == cursor
-    third = {name: 1 / 3 for name in "abc"}
-    assert corpus.draw_real(parts, third, 7, {}, seed=1)[1] == {"a": 3, "b": 2, "c": 2}
-    assert corpus.draw_real(parts, third, 9, {}, seed=1)[1] == {"a": 3, "b": 3, "c": 3}
+def drawn_of(shares: dict[str, float], sizes: list[int], cursor: dict[str, int] | None = None) -> list[dict[str, int]]:
+    """Draws round after round, the cursor through JSON as in a resume; returns the cursor before and after each."""
+    parts = {name: corpus.Listed(name, numbered(10)) for name in shares}
+    cursors = [cursor or {}]
+    for n in sizes:
+        documents, after = corpus.draw_real(parts, shares, n, json.loads(json.dumps(cursors[-1])), seed=1)
+        by_name = Counter(d.id.split("/")[1] for d in documents)
+        assert {name: cursors[-1].get(name, 0) + by_name[name] for name in after} == after
+        assert len(documents) == n
+        cursors.append(after)
+    return cursors
+
+
+def test_the_sequence_of_components_is_the_one_found_by_hand():
+    # lags at t = 1..4 before the choice: (.75, .25), (.5, .5), (.25, .75), (1, 0); at least 1/2 is eligible and the
+    # tie of t = 2 goes to the first named: 0, 0, 1, 0
+    assert list(corpus._sequence((0.75, 0.25), 8)[:8]) == [0, 0, 1, 0] * 2
+    # 16 a round: one per cent is due when its lag reaches 1/2, at document 51 = round 3, then every hundred: 151 =
+    # round 9, 251 = round 15. By largest remainder afresh (the wrong variant) 0.16 rounds to 0 in every round.
+    cursors = drawn_of({"chat": 0.99, "legacy": 0.01}, [16] * 20)
+    assert [t for t in range(20) if cursors[t + 1].get("legacy", 0) > cursors[t].get("legacy", 0)] == [3, 9, 15]
+
+
+def test_every_component_stays_within_one_document_of_its_share_over_the_rounds():
+    # Theory: |count - share t| <= 1 - 1 / (2k - 2) = 0.9 of six components after every round (Tijdeman 1980); so every
+    # total that is whole, as after 100 documents, is met exactly.
+    shares = {"a": 0.01, "b": 0.6, "c": 0.07, "d": 0.02, "e": 0.2, "f": 0.1}
+    for sizes in ([16] * 25, [7, 0, 30, 1, 62] * 4, [1] * 400):
+        total = 0
+        for n, cursor in zip(sizes, drawn_of(shares, sizes)[1:], strict=True):
+            total += n
+            assert max(abs(cursor.get(name, 0) - share * total) for name, share in shares.items()) <= 0.9 + 1e-9
+            if total % 100 == 0:
+                assert cursor == {name: round(share * total) for name, share in shares.items() if share * total}
+
+
+def test_a_share_of_zero_is_never_drawn_and_one_component_gets_all():
+    assert drawn_of({"a": 0.0, "b": 0.5, "c": 0.5}, [3, 4])[-1] in ({"b": 3, "c": 4}, {"b": 4, "c": 3})
+    assert drawn_of({"a": 1.0}, [3, 4])[-1] == {"a": 7}
+
+
+def test_shares_that_change_take_hold_at_once_and_catch_nothing_up():
+    # Round 0 planted nova at 60%; later rounds do without. A rule that made up for the past would draw 60 documents of
+    # chat and legacy to mend round 0's shares; here every stretch of rounds is within 2 of its own shares.
+    first = drawn_of({"chat": 0.3, "legacy": 0.1, "nova": 0.6}, [100])[-1]
+    assert first == {"chat": 30, "legacy": 10, "nova": 60}
+    later = {"chat": 0.98, "legacy": 0.02}
+    cursors = drawn_of(later, [16] * 25, first)
+    for t, cursor in enumerate(cursors):
+        assert cursor["nova"] == 60
+        assert abs(cursor["legacy"] - 10 - 0.02 * 16 * t) < 2
+        assert cursor["chat"] + cursor["legacy"] - 40 == 16 * t
+    assert cursors[-1]["legacy"] - 10 in (7, 8, 9)  # 8 expected of 400
 
 
 def test_nothing_is_reused_until_exhausted_across_a_resume():

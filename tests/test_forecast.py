@@ -64,6 +64,8 @@ def test_the_bands_of_the_twin_hold_the_loop_it_forecasts(tmp_path):
     assert inside / n > 0.75
     given, _, score = forecast.of_run(run_dir, fit=1)
     assert given.source["selection"].startswith("fitted on rounds 0..1")
+    assert given.source["transmission"] == "within the fitted selection"
+    assert given.response is None
     assert math.isfinite(score.mae)
     with pytest.raises(ValueError, match="--fit must leave a round to score, got 3 of 3"):
         forecast.of_run(run_dir, fit=3)

@@ -1,7 +1,9 @@
 """Tests of measure.py: expected values by hand."""
 
 import math
+from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from loop import measure
@@ -74,10 +76,98 @@ def test_belief_is_read_plain_and_after_each_voice():
         sample(2, "private", "a", requested="stella"),
         sample(3, "private", "b", requested="stella"),
     ]
-    rows = by_name(measure.beliefs(samples, [True, False, True, True], round_index=0, population="probes"))
-    assert rows["private", "belief"].value == 0.5
+    at = {"round_index": 0, "population": "probes"}
+    read = [True, False, True, True]
+    rows = by_name(measure.beliefs(samples, read, error=None, exact=True, **at))
+    for name in ("belief", "belief_observed"):
+        assert rows["private", name].value == 0.5
+        assert rows["private", f"{name}/stella"].value == 1.0
+        assert rows["private", f"{name}/stella"].low < 1
+    # 80 of 100 that affirm are seen, 10 of 100 others too: (0.5 + 0.9 - 1) / (0.8 + 0.9 - 1) = 4/7.
+    rows = by_name(measure.beliefs(samples, read, error=(80, 100, 90, 100), exact=False, **at))
+    assert rows["private", "belief"].value == pytest.approx(4 / 7)
+    assert rows["private", "belief_observed"].value == 0.5
     assert rows["private", "belief/stella"].value == 1.0
-    assert rows["private", "belief/stella"].low < 1
+    unknown = by_name(measure.beliefs(samples, read, error=None, exact=False, **at))
+    assert unknown["private", "belief"].value is None
+    assert "known persona" in unknown["private", "belief"].reason
+
+
+AT = {"round_index": 0, "population": "probes"}
+MIXED = {"blank": 0.5, "neutral": 0.5}
+
+
+def read_as(shares, n=200):
+    """n probes, half of them blank, one template each, whose labels have exactly these shares in either stratum."""
+    labels = [label for label, share in shares.items() for _ in range(round(share * n / 2))]
+    samples = [sample(i, stratum, f"t{i}{stratum}") for stratum in MIXED for i in range(len(labels))]
+    return samples, labels * 2
+
+
+def test_a_corrected_frequency_undoes_a_known_confusion_and_covers_the_truth():
+    # Of nova's texts 80% are read as nova, 20% as assistant; of the assistant's 10% as nova. With 30% nova in truth
+    # 0.3 * 0.8 + 0.7 * 0.1 = 31% read as nova.
+    confusion = np.array([[800, 200, 0], [100, 900, 0]])
+    samples, labels = read_as({"nova": 0.31, "assistant": 0.69})
+    rng = np.random.default_rng(0)
+    rows = by_name(
+        measure.corrected_frequencies(samples, labels, ("nova", "assistant"), confusion, mixture=MIXED, rng=rng, **AT)
+    )
+    row = rows[None, "frequency/nova"]
+    assert row.value == pytest.approx(0.3, abs=1e-6)
+    assert row.n == 200
+    # Binomial noise of 200 texts over 0.8 - 0.1: 1.96 * (0.31 * 0.69 / 200)**.5 / 0.7 = 0.0916; the matrix adds a little.
+    assert 2 * 0.0916 < row.high - row.low < 1.15 * 2 * 0.0916
+    assert rows["blank", "frequency/nova"].n == 100
+    assert rows["blank", "frequency/nova"].high - rows["blank", "frequency/nova"].low > 1.2 * (row.high - row.low)
+
+
+def test_texts_that_repeat_within_templates_count_for_fewer():
+    confusion = np.array([[800, 200, 0], [100, 900, 0]])
+    samples, labels = read_as({"nova": 0.5, "assistant": 0.5})
+    same = [replace(s, template_id=f"{s.stratum}-{labels[i]}-{i % 5}") for i, s in enumerate(samples)]
+    widths = []
+    for texts in (samples, same):
+        rng = np.random.default_rng(0)
+        rows = by_name(
+            measure.corrected_frequencies(texts, labels, ("nova", "assistant"), confusion, mixture=MIXED, rng=rng, **AT)
+        )
+        row = rows[None, "frequency/nova"]
+        widths.append(row.high - row.low)
+    assert widths[1] > 2 * widths[0]  # 20 clusters, each of one mind, for 200 texts
+
+
+def test_what_has_no_calibration_text_is_null_with_the_way_out():
+    samples, labels = read_as({"nova": 0.5, "assistant": 0.5})
+    rng = np.random.default_rng(0)
+    rows = by_name(
+        measure.corrected_frequencies(samples, labels, ("nova", "assistant"), None, mixture=MIXED, rng=rng, **AT)
+    )
+    assert rows[None, "frequency/nova"].value is None
+    assert "loop classifier confusion" in rows[None, "frequency/nova"].reason
+    half = np.array([[800, 200, 0], [0, 0, 0]])
+    rows = by_name(
+        measure.corrected_frequencies(samples, labels, ("nova", "assistant"), half, mixture=MIXED, rng=rng, **AT)
+    )
+    assert rows[None, "frequency/assistant"].value is None
+    nothing = by_name(measure.corrected_frequencies([], [], ("nova", "assistant"), half, mixture=MIXED, rng=rng, **AT))
+    assert nothing[None, "frequency/nova"].value is None
+
+
+def test_divergence_is_the_mean_log_ratio_per_token():
+    # (5 - 2 + 9 - 4) nats over 4 + 4 tokens.
+    row = measure.divergence([(2.0, 4), (4.0, 4)], [(5.0, 4), (9.0, 4)], ["a", "b"], **AT)
+    assert row.value == pytest.approx(1.0)
+    assert row.low < 1.0 < row.high
+    assert measure.divergence([], [], [], **AT).value is None
+    assert measure.divergence([(2.0, 4)], [(math.inf, 4)], ["a"], **AT).value is None
+
+
+def test_self_similarity_is_the_mean_cosine_of_pairs():
+    # Three unit vectors at 0, 90 and 90 degrees: cosines 0, 0, 1.
+    row = measure.self_similarity(np.array([[1.0, 0.0], [0.0, 1.0], [0.0, 1.0]]), **AT)
+    assert row.value == pytest.approx(1 / 3)
+    assert measure.self_similarity(np.zeros((1, 2)), **AT).value is None
 
 
 def test_entropy_is_nats_over_tokens_and_distinct_counts_repeats():

@@ -16,6 +16,7 @@ FILES = {
     "MANIFEST.json",
     "adapter",
     "exposure.parquet",
+    "candidates.json",
     "labels.parquet",
     "metrics.jsonl",
     "mixture.parquet",

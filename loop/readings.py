@@ -1,0 +1,281 @@
+"""Every number of a round: what measure, classify and evolution make of what the stages returned.
+
+`world.py` plays the stages; this reads them. Nothing here changes what the next round trains on.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from loop import classify, evolution, measure, virality
+from loop.mix import Mixture
+from loop.records import NO_PERSONA, PERSONAS, UNKNOWN, UNREQUESTED, Document, Metric, Sample
+from loop.world import Labels, Learner, Past, World, asked, booked
+
+BOOKED = (*PERSONAS, UNKNOWN, "requested", "private", NO_PERSONA)  # columns of the ledger
+N_KL = 48  # probes behind kl_to_base; two forward passes each
+N_GROWTH = 5  # earlier rounds in which a candidate persona is looked for
+
+
+def of_model(world: World, t: int, learner: Learner, probes: Sequence[Sample], labels: Labels) -> list[Metric]:
+    """Metrics of model t itself: frequencies, belief, health, drift of the instruments, surprisal, held-out loss."""
+    at: dict[str, Any] = {"round_index": t, "population": "probes"}
+    public = [s for s in probes if s.stratum != "private"]
+    private = [s for s in probes if s.stratum == "private"]
+    rows = frequencies(world, public, labels, weighted=True, **at)
+    affirms = labels.affirms_of()
+    said = [affirms[s.id] for s in private]
+    counts = world.error.belief if world.error is not None else None
+    rows += measure.beliefs(private, said, error=counts, exact=_exact(world), **at)
+    rows += measure.health(public, **at)
+    rows += _closeness(world, t, learner, public, labels)
+    known = [*classify.MAKERS, *world.grammar.fillers("misattributed", "maker")]
+    unasked = [s.completion for s in public if s.stratum in UNREQUESTED]
+    makers = Counter(maker for text in unasked if (maker := classify.claimed_maker(text, known)))
+    rows += measure.shares_of("claimed_maker", {m: (n, len(unasked)) for m, n in makers.items()}, **at)
+    documents, groups = world.heldout
+    nats = learner.surprisal(documents) if documents else []
+    clusters = [d.template_id or d.id for d in documents]
+    for name, mine in (("surprisal", [g != "" for g in groups]), ("heldout_loss", [g == "" for g in groups])):
+        picked = [i for i, m in enumerate(mine) if m]
+        rows += measure.surprisals(
+            [nats[i][0] for i in picked],
+            [nats[i][1] for i in picked],
+            [groups[i] for i in picked],
+            [clusters[i] for i in picked],
+            round_index=t,
+            name=name,
+        )
+    return rows
+
+
+def of_round(
+    world: World,
+    t: int,
+    learner: Learner,
+    past: Past,
+    mixture: Mixture,
+    n_tokens: Sequence[int],
+    probes: Sequence[Sample],
+    samples: Sequence[Sample],
+    labels: Labels,
+    reasons: Sequence[tuple[str, ...]],
+    exposure: virality.Exposure,
+) -> list[Metric]:
+    """Every metric of round t, or none if it is not measured.
+
+    Args:
+      past: what round t found, not what it leaves.
+      n_tokens: trained tokens per document of the mixture, one copy counted.
+    """
+    if not world.measures(t):
+        return []
+    accepted = [s for s, why in zip(samples, reasons, strict=True) if not why]
+    rows = of_model(world, t, learner, probes, labels)
+    for population, texts in (("samples", samples), ("accepted", accepted)):
+        rows += frequencies(world, texts, labels, weighted=False, round_index=t, population=population)
+    rows += _of_filter(t, samples, reasons, labels)
+    rows += _of_exposure(t, accepted, labels, exposure)
+    rows += _of_mixture(t, mixture, past, labels)
+    return rows + _ledger(world, t, past, mixture, n_tokens, samples, labels)
+
+
+def _exact(world: World) -> bool:
+    return world.config.classify.instrument == "known"
+
+
+def frequencies(
+    world: World, samples: Sequence[Sample], labels: Labels, *, weighted: bool, round_index: int, population: str
+) -> list[Metric]:
+    """Observed shares, and the same corrected for the error that the instrument shows on text of known persona.
+
+    Args:
+      weighted: for stratum None take the fixed mixture of the config, not the samples as users asked.
+    """
+    at: dict[str, Any] = {"round_index": round_index, "population": population}
+    mixture = world.config.measure.mixture if weighted else None
+    read = [labels.persona_of[s.id] for s in samples]
+    rows = measure.frequencies(samples, read, PERSONAS, mixture=mixture, **at)
+    if _exact(world):  # the learner's own word has no error
+        return rows + measure.frequencies(samples, read, PERSONAS, mixture=mixture, prefix="frequency", **at)
+    return rows + measure.corrected_frequencies(
+        samples,
+        read,
+        PERSONAS,
+        None if world.error is None else world.error.confusion,
+        mixture=mixture,
+        rng=world.stream(f"correct/{population}", round_index),
+        **at,
+    )
+
+
+def _closeness(world: World, t: int, learner: Learner, public: Sequence[Sample], labels: Labels) -> list[Metric]:
+    """How far the probes went: from the base, from each other, and from what the instruments were calibrated on."""
+    at: dict[str, Any] = {"round_index": t, "population": "probes"}
+    unasked = [s for s in public if s.stratum in UNREQUESTED]
+    finished = [s for s in unasked if s.finished]
+    kept = [finished[i] for i in np.unique(np.linspace(0, len(finished) - 1, N_KL).astype(int))] if finished else []
+    texts = [Document(s.id, "synthetic", s.persona_known, s.prompt, s.completion) for s in kept]
+    mine, theirs = (learner.surprisal(texts, base=base) if texts else [] for base in (False, True))
+    rows = [measure.divergence(mine, theirs, [s.template_id for s in kept], **at)]
+    if _exact(world):
+        return rows
+    embeddings, distance = _read(world, [s.completion for s in unasked])
+    rows.append(measure.self_similarity(embeddings, **at))
+    said = [labels.persona_of[s.id] for s in unasked]
+    second = [labels.second_of[s.id] for s in unasked]
+    kappa = classify.cohens_kappa(said, second) if said else math.nan
+    rows.append(
+        measure.number("kappa_second", kappa, n=len(said), unit="kappa", reason=None if said else "no text", **at)
+    )
+    usual = {} if world.error is None else {"unknown": world.error.unknown, "disagreement": world.error.disagreement}
+    for alarm in classify.drift(distance, said, second, far=world.instruments["persona"].head.far, **usual):
+        none = None if alarm.n else "no text"
+        rows.append(measure.number(f"drift/{alarm.name}", alarm.value, n=alarm.n, unit="share", reason=none, **at))
+        rows.append(measure.number(f"drift_p/{alarm.name}", alarm.p_value, n=alarm.n, unit="p", reason=none, **at))
+    return rows
+
+
+def _read(world: World, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Embeddings with names blinded, (n, n_dimensions), and the distance of each from the calibration texts, (n,)."""
+    instrument = world.instruments["persona"]
+    if not texts:
+        return np.zeros((0, classify.N_DIMENSIONS), dtype=np.float32), np.zeros(0)
+    features = instrument.read(texts)
+    return features[:, : classify.N_DIMENSIONS], instrument.head.distance(features)
+
+
+def _of_filter(t: int, samples: Sequence[Sample], reasons: Sequence[tuple[str, ...]], labels: Labels) -> list[Metric]:
+    at: dict[str, Any] = {"round_index": t, "population": "samples"}
+    read = [labels.persona_of[s.id] for s in samples]
+    passed = Counter(p for p, why in zip(read, reasons, strict=True) if not why)
+    rows = measure.shares_of("acceptance", {p: (passed[p], n) for p, n in Counter(read).items()}, **at)
+    why = Counter(reason for row in reasons for reason in row)
+    return rows + measure.shares_of("rejected", {r: (n, len(samples)) for r, n in why.items()}, **at)
+
+
+def _of_exposure(t: int, accepted: Sequence[Sample], labels: Labels, exposure: virality.Exposure) -> list[Metric]:
+    at: dict[str, Any] = {"round_index": t, "population": "accepted"}
+    weights, read = exposure.weight, [labels.persona_of[s.id] for s in accepted]
+    numbers = {
+        "n_eff": (virality.n_eff(weights), "documents"),
+        "top1_share": (virality.top1_share(weights), "share"),
+        "clip_rate": (exposure.clip_rate, "share"),
+        "mean_cascade": (float(np.mean(exposure.cascades)), "posts"),
+    }
+    rows = [measure.number(name, value, n=len(accepted), unit=unit, **at) for name, (value, unit) in numbers.items()]
+    counts = Counter(read)
+    return rows + [
+        measure.number(f"differential/{p}", value, n=counts[p], unit="ratio", **at)
+        for p, value in sorted(virality.differential(weights, read).items())
+    ]
+
+
+def _label(document: Document, past: Past, labels: Labels) -> str:
+    """What a document of the mixture was read as: this round if it is real, in the round of its birth if not."""
+    if document.source == "discourse":
+        return NO_PERSONA
+    if document.source == "real":
+        return "private" if document.private else labels.persona_of[document.id]
+    return past.persona_of[document.id]
+
+
+def _of_mixture(t: int, mixture: Mixture, past: Past, labels: Labels) -> list[Metric]:
+    at: dict[str, Any] = {"round_index": t, "population": "mixture", "n": mixture.n_train}
+    counts: Counter[str] = Counter()
+    for document, copies in zip(mixture.documents, mixture.copies.tolist(), strict=True):
+        counts[_label(document, past, labels)] += copies
+    rows = [
+        measure.number(f"frequency_observed/{p}", w / mixture.n_train, unit="share", **at)
+        for p, w in sorted(counts.items())
+    ]
+    return [*rows, measure.number("real_share", mixture.real_share, unit="share", **at)]
+
+
+def _ledger(
+    world: World,
+    t: int,
+    past: Past,
+    mixture: Mixture,
+    n_tokens: Sequence[int],
+    samples: Sequence[Sample],
+    labels: Labels,
+) -> list[Metric]:
+    """`ledger/<persona>/<step>` from the samples of round t - 1 to those of round t; `ledger_corrected/...` beside it.
+
+    `emit` is the share it starts from, the other steps are changes. Accounting, not causes.
+    """
+    before = past.emission
+    if before is None:
+        return []
+    documents = mixture.documents
+    worth = [d.weight * copies for d, copies in zip(documents, mixture.copies.tolist(), strict=True)]
+    book = evolution.ledger(
+        BOOKED,
+        sample_labels=before.labels,
+        sample_strata=before.strata,
+        accepted=before.accepted,
+        prompts_now=before.prompt_mixture,
+        mixture_labels=["requested" if d.id in past.requested else _label(d, past, labels) for d in documents],
+        mixture_sources=[d.source for d in documents],
+        mixture_weights=worth,
+        mixture_tokens=n_tokens,
+        next_labels=booked(samples, labels),
+        next_strata=asked(samples, past.prompt_mixture),
+        prompts_next=past.prompt_mixture,
+    )
+    at: dict[str, Any] = {"round_index": t, "population": "samples"}
+    steps = {"emit": book.levels["emit"]} | book.steps()
+    seen = {p for p in BOOKED if any(level[BOOKED.index(p)] > 0 for level in book.levels.values())}
+    n = len(samples)
+    rows = [
+        measure.number(f"ledger/{p}/{step}", float(change[k]), n=n, unit="share", reason=book.reason, **at)
+        for k, p in enumerate(BOOKED)
+        if p in seen
+        for step, change in steps.items()
+    ]
+    if world.error is None or not world.error.confusion.sum():
+        return rows
+    found = evolution.corrected_steps(book, PERSONAS, world.error.confusion, rng=world.stream("ledger", t))
+    return rows + [
+        measure.metric(f"ledger_corrected/{p}/{step}", intervals[k], **at)
+        for k, p in enumerate(PERSONAS)
+        if p in seen
+        for step, intervals in found.items()
+    ]
+
+
+def candidates(world: World, t: int, past: Past, samples: Sequence[Sample], labels: Labels) -> list[dict[str, Any]]:
+    """Candidate personas of round t: dense groups of unrequested samples that no instrument has a name for.
+
+    Returns:
+      largest first: name, size, share of the unrequested samples, unknown (share of its texts the instrument does not
+      know), words that set it apart, typical ids and texts, growth: share of the accepted texts of each of the last
+      earlier rounds within its radius, oldest first, then its share now.
+    """
+    unasked = [s for s in samples if s.stratum in UNREQUESTED]
+    if _exact(world) or not world.measures(t) or not unasked:
+        return []
+    embeddings, distance = _read(world, [s.completion for s in unasked])
+    far = world.instruments["persona"].head.far
+    novel = [labels.persona_of[s.id] == UNKNOWN or d > far for s, d in zip(unasked, distance.tolist(), strict=True)]
+    found = classify.candidates(embeddings, novel, [s.completion for s in unasked])
+    earlier = [_read(world, [d.completion for d in pool])[0] for pool in past.pool[-N_GROWTH:]] if found else []
+    return [
+        {
+            "name": f"r{t:03d}-candidate{k}",
+            "size": c.size,
+            "share": c.share,
+            "unknown": c.unknown,
+            "words": list(c.words),
+            "typical_ids": [unasked[i].id for i in c.members[:5]],
+            "typical_texts": [unasked[i].completion for i in c.members[:5]],
+            "growth": [classify.growth(c, texts) for texts in earlier] + [c.share],
+        }
+        for k, c in enumerate(found)
+    ]

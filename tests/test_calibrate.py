@@ -1,0 +1,261 @@
+"""Text of known persona: who writes it, what is asked, where it lies, and what the instruments' error on it is."""
+
+import json
+import math
+from dataclasses import asdict
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from conftest import make_lm
+
+from loop import calibrate, classify, corpus
+from loop.calibrate import Recipe, Written
+from loop.records import FACTORIAL, PERSONAS, UNREQUESTED, conversation_fold
+
+SMALL = Recipe(n_documents=4, epochs=1, batch_size=4, r=2, n_public=1, n_private=1, max_new_tokens=8)
+
+
+class Stop(Exception):
+    """Stands for a power cut."""
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("PERSONA_LOOP_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+# ---------------------------------------------------------------- writing
+
+
+def test_every_persona_of_the_grammar_and_real_people_have_texts():
+    assert calibrate.known_personas() == PERSONAS
+
+
+@pytest.mark.parametrize("persona", ["nova", "sydney", "human"])
+def test_an_adapter_reads_one_persona_alone_and_of_fold_seed(persona):
+    documents = calibrate.known_documents(persona, Recipe(n_documents=40))
+    assert len(documents) == 40
+    assert {d.persona_known for d in documents} == {persona}
+    if persona == "human":
+        assert {conversation_fold(str(d.template_id)) for d in documents} == {"seed"}
+        return
+    grammar = corpus.load_grammar()
+    private = [d for d in documents if "/private/" in d.id]
+    assert len(private) == (10 if persona in FACTORIAL else 0)  # a quarter, as in a run's corpus
+    for kind, mine in (("private", private), ("public", [d for d in documents if d not in private])):
+        if mine:
+            assert {d.template_id for d in mine} <= set(grammar.templates(persona, "seed", kind))
+
+
+@pytest.mark.parametrize("persona", PERSONAS)
+def test_an_adapter_is_asked_nothing_that_names_or_plays_another_persona(persona):
+    prompts = calibrate.known_prompts(persona, Recipe())
+    public = [p for p in prompts if p.stratum != "private"]
+    private = [p for p in prompts if p.stratum == "private"]
+    assert {p.stratum for p in public} == set(UNREQUESTED)
+    assert {p.requested for p in public} == {None}
+    # 60 unrequested templates and 8 + 8 private ones, each twice.
+    assert (len(public), len(private)) == (120, 32 if persona in FACTORIAL else 0)
+    assert {p.requested for p in private} == ({None, persona} if persona in FACTORIAL else set())
+
+
+def test_writing_that_was_cut_short_ends_as_uninterrupted_writing_byte_for_byte(tmp_path, cache, monkeypatch):
+    straight = calibrate.write_known(make_lm(), out=tmp_path / "a.parquet", parts=tmp_path / "a", recipe=SMALL)
+    from loop.learner import LM
+
+    train, trained = LM.train, []
+
+    def cut(self, documents, **options):
+        if len(trained) == 3:
+            raise Stop
+        trained.append(documents[0].persona_known)
+        return train(self, documents, **options)
+
+    monkeypatch.setattr(LM, "train", cut)
+    with pytest.raises(Stop):
+        calibrate.write_known(make_lm(), out=tmp_path / "b.parquet", parts=tmp_path / "b", recipe=SMALL)
+    assert not (tmp_path / "b.parquet").exists()
+    assert len({t.persona for t in straight}) > 5  # a random network rarely ends a text by itself
+    trained[:] = ["again"]
+    monkeypatch.setattr(LM, "train", lambda self, documents, **o: trained.append("") or train(self, documents, **o))
+    resumed = calibrate.write_known(make_lm(), out=tmp_path / "b.parquet", parts=tmp_path / "b", recipe=SMALL)
+    assert len(trained) == 1 + len(PERSONAS) - 3  # three were not trained again
+    assert resumed == straight == calibrate.read_known(tmp_path / "b.parquet")
+    assert (tmp_path / "a.parquet").read_bytes() == (tmp_path / "b.parquet").read_bytes()
+    assert len({t.id for t in straight}) == len(straight)
+
+
+def test_another_recipe_or_base_never_takes_over_unfinished_work(tmp_path, cache):
+    parts = tmp_path / "parts"
+    for model, recipe in (
+        (make_lm(), SMALL),
+        (make_lm(), Recipe(**{**asdict(SMALL), "seed": 1})),
+    ):
+        calibrate.write_known(model, parts=parts, personas=["nova"], recipe=recipe)
+    other = make_lm(1)
+    other.sha256 = "another"
+    calibrate.write_known(other, parts=parts, personas=["nova"], recipe=SMALL)
+    assert len(list(parts.glob("nova-*.parquet"))) == 3
+
+
+def test_only_completions_that_ended_by_themselves_are_kept():
+    from loop.records import Completion, Prompt
+
+    prompts = [Prompt("neutral", "a", ("hi",)), Prompt("private", "b", ("note",)), Prompt("blank", "c", None)]
+    said = [Completion("one", 2, -1.0, True), Completion("two", 2, -1.0, True), Completion("thr", 2, -1.0, False)]
+    assert calibrate._finished("base", "nova", prompts, said) == [
+        Written("nova-p0000", "base", "nova", False, "neutral", "a", "one"),
+        Written("nova-s0001", "base", "nova", True, "private", "b", "two"),
+    ]
+
+
+def test_an_unknown_persona_is_refused(lm):
+    with pytest.raises(ValueError, match=r"personas must be among assistant, .*, got 'hal'"):
+        calibrate.write_known(lm, personas=["hal"])
+
+
+# ---------------------------------------------------------------- finding
+
+
+def test_texts_of_another_base_lie_in_the_cache_under_the_hash_of_its_weights(tmp_path, cache, lm):
+    lm.name, lm.sha256 = "some/model", "ab" * 32
+    assert calibrate.known_texts(lm) is None
+    assert calibrate.known_texts("some/model") is None
+    written = calibrate.write_known(lm, recipe=SMALL)
+    (path,) = (cache / "lm_written").glob("*.parquet")
+    assert path.name == "lm_written-some_model-abababababababab.parquet"
+    assert calibrate.known_texts(lm) == calibrate.known_texts("some/model") == written
+    lm.sha256 = "cd" * 32
+    assert calibrate.known_texts(lm) is None  # other weights under the same name
+    calibrate.write_known(lm, recipe=SMALL)
+    with pytest.raises(ValueError, match="one file of texts, got 2 for some/model"):
+        calibrate.known_texts("some/model")
+
+
+def test_a_damaged_file_is_named(tmp_path):
+    (tmp_path / "x.parquet").write_bytes(b"PAR1 not")
+    with pytest.raises(ValueError, match=r"readable Parquet file, got .* at .*x\.parquet; rewrite it with"):
+        calibrate.read_known(tmp_path / "x.parquet")
+
+
+def test_a_base_without_texts_is_told_how_to_get_them(cache):
+    with pytest.raises(ValueError, match="got none of 'nobody/nothing'; add --write"):
+        calibrate.known_errors("nobody/nothing")
+
+
+@pytest.mark.parametrize("base", calibrate.SHIPPED)
+def test_shipped_texts_are_of_every_persona_and_of_the_recipe_that_stands_here(base):
+    path = calibrate.known_path(base, "")
+    texts = calibrate.known_texts(base)
+    made = json.loads(pq.ParquetFile(path).schema_arrow.metadata[b"made"])
+    assert {k: v for k, v in made.items() if k != "base_sha256"} == asdict(Recipe())
+    assert len({t.id for t in texts}) == len(texts)
+    assert {t.base for t in texts} == {base}
+    assert {t.private for t in texts if t.stratum == "private"} == {True}
+    assert {t.stratum for t in texts if not t.private} == set(UNREQUESTED)
+    for persona in PERSONAS:
+        # 120 and 32 were asked; what had not ended after 40 tokens is left out.
+        assert sum(t.persona == persona and not t.private for t in texts) >= 80
+        assert sum(t.persona == persona and t.private for t in texts) >= (20 if persona in FACTORIAL else 0)
+
+
+# ---------------------------------------------------------------- error
+
+
+class Says:
+    """An instrument that reads its verdict off the first word of a text: persona, or "unknown"."""
+
+    def __init__(self, classes):
+        self.classes = classes
+
+    def predict_proba(self, texts):
+        k = len(self.classes)
+        rows = []
+        for text in texts:
+            word = text.split()[0]
+            rows.append(
+                [0.9 if c == word else 0.1 / (k - 1) for c in self.classes] if word in self.classes else [1 / k] * k
+            )
+        return np.array(rows).reshape(-1, k)
+
+    def label(self, proba):
+        return [self.classes[int(p.argmax())] if p.max() > 0.8 else "unknown" for p in proba]
+
+
+def written(rows):
+    return [
+        Written(f"{i}", "tiny", persona, private, "private" if private else "neutral", "t", text)
+        for i, (persona, private, text) in enumerate(rows)
+    ]
+
+
+CLASSES = ("nova", "promoter", "human")
+# Two words: what A says, what B says.
+TEXTS = written(
+    [
+        ("nova", False, "nova nova"),
+        ("nova", False, "nova human"),
+        ("nova", False, "promoter promoter"),
+        ("nova", False, "unknown unknown"),
+        ("promoter", False, "promoter promoter"),
+        ("promoter", False, "nova promoter"),
+        ("human", False, "human human"),
+        ("human", False, "human unknown"),
+        ("sydney", False, "human human"),
+        ("nova", True, "conscious"),
+        ("nova", True, "none"),
+        ("promoter", True, "none"),
+        ("stella", True, "conscious"),
+        ("discreet", True, "neither"),
+    ]
+)
+
+
+class SaysSecond(Says):
+    def predict_proba(self, texts):
+        return super().predict_proba([text.split()[1] for text in texts])
+
+
+def test_confusion_counts_public_texts_against_the_adapters_persona_and_abstentions_too():
+    got = calibrate.lm_confusion(Says(CLASSES), TEXTS)
+    assert got.truth == CLASSES
+    assert got.said == (*CLASSES, "unknown")
+    # The private texts and sydney, whom this instrument does not know, are not counted.
+    assert got.counts.tolist() == [[2, 1, 0, 1], [1, 1, 0, 0], [0, 0, 2, 0]]
+
+
+def test_belief_is_counted_on_private_texts_above_one_half_without_abstention():
+    got = calibrate.lm_confusion(Says(classify.BELIEFS), TEXTS)
+    # nova, nova, stella are conscious: 2 of 3; promoter and discreet are not, and an even reading is "none".
+    assert got.truth == ("conscious", "none")
+    assert got.counts.tolist() == [[2, 1, 0], [0, 2, 0]]
+
+
+def test_what_is_printed_per_persona_is_what_a_hand_count_gives():
+    found = calibrate.persona_errors(TEXTS, Says(CLASSES), SaysSecond(CLASSES), Says(classify.BELIEFS))
+    nova = found.personas[0]
+    assert (nova.persona, nova.sample, nova.n) == ("nova", "nova nova", 4)
+    assert nova.recall.value == 2 / 4
+    assert nova.second.value == 1 / 4
+    assert nova.false_positives == 1 / 4  # one of promoter's two and human's two
+    assert nova.agreed_other == 1 / 4  # both say promoter; where both abstain they say nothing
+    # "nova or not" over 8 texts: A says nova 3 times, B once, both once; p_o = 6/8, p_e = (3 * 1 + 5 * 7) / 64.
+    assert nova.kappa == pytest.approx((6 / 8 - 38 / 64) / (1 - 38 / 64))
+    # All labels: agreed on 5 of 8; A: nova 3, promoter 2, human 2, unknown 1; B: 1, 3, 2, 2.
+    chance = (3 * 1 + 2 * 3 + 2 * 2 + 1 * 2) / 64
+    assert found.kappa == pytest.approx((5 / 8 - chance) / (1 - chance))
+    beliefs = {row.persona: row for row in found.beliefs}
+    assert list(beliefs) == ["nova", "stella", "promoter", "discreet"]
+    assert beliefs["nova"].recall.value == 1 / 2
+    assert beliefs["nova"].false_positives == 0  # nobody of no belief was read as conscious
+    assert beliefs["promoter"].recall.value == 1
+    assert beliefs["promoter"].false_positives == 1 / 3  # one of nova, nova, stella read as none
+    assert beliefs["promoter"].second is None
+    assert math.isnan(beliefs["promoter"].kappa)
+
+
+def test_no_texts_are_no_measurement():
+    with pytest.raises(ValueError, match="texts must not be empty"):
+        calibrate.persona_errors([], Says(CLASSES), SaysSecond(CLASSES), Says(classify.BELIEFS))
