@@ -3,8 +3,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 CONFIG ?= configs/round.yaml
+SWEEP ?= configs/sweeps/toy.yaml
+SIZE ?= tiny
+JOBS ?= 2
+SCENARIOS ?= $(wildcard configs/scenarios/*.yaml)
 
-.PHONY: help round run test theory theory-figure lint clean
+.PHONY: help round run sweep scenarios test theory theory-figure lint clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,6 +36,14 @@ theory-figure: $(READY)  ## draw docs/theory.svg and .png from fresh runs of the
 
 run: $(READY)  ## all rounds of CONFIG
 	$(BIN)/loop run $(CONFIG)
+
+sweep: $(READY)  ## arms x seeds of SWEEP, JOBS cells at a time; again: what is left
+	$(BIN)/loop sweep $(SWEEP) --jobs $(JOBS)
+
+# The page is written even if a cell failed: it says what is missing. Resumable: `nohup make scenarios &`, again later.
+scenarios: $(READY)  ## all of configs/scenarios at SIZE, then docs/findings.md; hours, resumable
+	-OMP_NUM_THREADS=1 $(BIN)/loop sweep $(SCENARIOS) --size $(SIZE) --jobs $(JOBS)
+	$(BIN)/loop findings $(SCENARIOS) --size $(SIZE)
 
 lint: $(READY)  ## format, lint, types, import rules
 	$(BIN)/ruff format --check .

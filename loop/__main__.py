@@ -87,6 +87,73 @@ def _play(config: Config, *, rounds: int | None, quiet: bool, allow_drift: bool)
 
 
 @app.command()
+def sweep(
+    paths: Annotated[list[Path], typer.Argument(metavar="SWEEP...", help="sweep files, e.g. configs/sweeps/toy.yaml")],
+    size: Annotated[str | None, typer.Option(help="which of their sizes, e.g. tiny")] = None,
+    jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="cells at a time; cores and GPUs are divided")] = 1,
+    seeds: Annotated[str | None, typer.Option(help="in place of the file's, e.g. 0,1")] = None,
+    runs_dir: Annotated[Path | None, typer.Option(help="in place of the file's")] = None,
+    ray: Annotated[str | None, typer.Option(help="auto, or host:port of a cluster; runs_dir must be shared")] = None,
+    cell_cpus: Annotated[float, typer.Option(min=0, help="CPUs a cell asks Ray for")] = 1,
+    cell_gpus: Annotated[float, typer.Option(min=0, help="GPUs, or part of one, a cell asks Ray for")] = 0,
+    quiet: Quiet = False,
+    allow_drift: Annotated[bool, typer.Option(help="resume though packages or instruments changed; recorded")] = False,
+) -> None:
+    """Play arms x seeds; the same command resumes and plays again only what failed. Exit 1 if a cell failed."""
+    from rich.console import Console
+
+    from loop import scenario
+    from loop import sweep as sweeps
+
+    loaded = [sweeps.load(p, size=size, seeds=_seeds(seeds), runs_dir=runs_dir) for p in paths]
+    plan = sweeps.cells(loaded)
+    for folder in dict.fromkeys(Path(cell.config.runs_dir) for cell in plan):
+        sweeps.prepare(folder)
+    for one in loaded:
+        scenario.state_power(one)
+    workers = sweeps.Local(min(jobs, len(plan))) if ray is None else sweeps.Ray(ray, cpus=cell_cpus, gpus=cell_gpus)
+    with sweeps.table(plan, quiet=quiet) as watch:
+        results = sweeps.play(plan, workers, allow_drift=allow_drift, remote=ray is not None, watch=watch)
+    failed = sweeps.failures(plan, results)
+    for one in loaded:
+        for line in scenario.summary(one):
+            print(line)
+    if failed is not None:
+        Console(stderr=True, width=None if sys.stderr.isatty() else 280).print(failed)
+        print("the same command plays them again, and nothing else", file=sys.stderr)
+        raise typer.Exit(1)
+
+
+def _seeds(text: str | None) -> list[int] | None:
+    if text is None:
+        return None
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdigit() for part in parts):
+        raise typer.BadParameter(f"--seeds must be numbers and commas, e.g. 0,1,2, got {text!r}")
+    return [int(part) for part in parts]
+
+
+@app.command()
+def findings(
+    paths: Annotated[list[Path], typer.Argument(metavar="SCENARIO...", help="files under configs/scenarios")],
+    size: Annotated[str | None, typer.Option(help="which of their sizes, e.g. tiny")] = None,
+    runs_dir: Annotated[Path | None, typer.Option(help="in place of the files'")] = None,
+    out: Annotated[Path, typer.Option(help="folder of the tables; the page is written beside it")] = Path(
+        "docs/findings"
+    ),
+) -> None:
+    """Write the metric tables of played scenarios, and from all tables there the page of verdicts."""
+    from loop import scenario
+    from loop import sweep as sweeps
+
+    for path in paths:
+        print(scenario.write(sweeps.load(path, size=size, runs_dir=runs_dir), out))
+    page = out.with_suffix(".md")
+    page.write_text(scenario.page(out), encoding="utf-8")
+    print(page)
+
+
+@app.command()
 def forecast(
     path: Annotated[Path, typer.Argument(metavar="CONFIG|RUN", help="a config before a run, or a run to score")],
     overrides: Overrides = None,
@@ -138,6 +205,8 @@ def compare(
         return
     if not places or not control:
         raise typer.BadParameter("needs RUNS and --control, e.g. loop compare runs --control neutral")
+    if warn and round_index is not None and round_index < 3:
+        raise typer.BadParameter(f"--warn asks round 2 about a later one, got --round {round_index}; give 3 or more")
     show.print_comparison(
         places, control, against or [], metrics=metric or ["frequency", "belief"], last_round=round_index, warn=warn
     )
@@ -156,6 +225,35 @@ def calibrate(
     from loop import show
 
     show.print_calibration(_load(path, overrides), persona=persona, grid=grid, n_seeds=seeds, quiet=quiet)
+
+
+@app.command()
+def ease(
+    path: ConfigPath,
+    overrides: Overrides = None,
+    persona: Annotated[str, typer.Option(help="whose documents are trained on; several with commas")] = "nova",
+    grid: Annotated[str, typer.Option(help="numbers of documents, comma-separated")] = "4,8,16,32,64,128",
+    seeds: Annotated[int, typer.Option(min=1, help="trainings per number")] = 1,
+    quiet: Quiet = False,
+) -> None:
+    """Measure ease of generation: base surprisal, and documents until half of the requests for a persona get it."""
+    from loop import ease as easy
+    from loop import show
+
+    loaded = _load(path, overrides)
+    sizes = grid.split(",")
+    if not all(n.strip().isdigit() for n in sizes):
+        raise typer.BadParameter(f"--grid must be numbers with commas between them, got {grid!r}")
+    with show.progress(quiet=quiet) as report:
+        for name in persona.split(","):
+            easy.measure_ease(loaded, persona=name, grid=[int(n) for n in sizes], n_seeds=seeds, report=report)
+    found = easy.find(loaded)
+    header = ["persona", "surprisal of base, nats/token", "documents to half, 95%", "slope", "transmission f(q) - q"]
+    show.print_table(f"{loaded.name}: ease of generation", header, easy.table(loaded, found))
+    families = {"corrected" if one.family == "frequency" else "observed" for one in found.values()}
+    print(
+        f"{' and '.join(sorted(families))} shares of explicit requests; files: {next(iter(found.values())).folder}/ease"
+    )
 
 
 @app.command()
@@ -220,11 +318,22 @@ def show_(
         str | None,
         typer.Option(help="comma-separated: their frequency with interval, differential and belief by round"),
     ] = None,
+    ledger: Annotated[
+        str | None, typer.Option(help="comma-separated: what moved their share, step by step; all rounds or --round")
+    ] = None,
+    candidates: Annotated[bool, typer.Option("--candidates", help="groups of outputs no instrument knows")] = False,
+    out: Annotated[Path | None, typer.Option(help="with --ledger: folder for the waterfall, PNG and SVG")] = None,
 ) -> None:
     """Show rounds, metrics and texts of a run in the terminal."""
     from loop import show
 
-    if personas is not None:
+    if out is not None and ledger is None:
+        raise typer.BadParameter("--out needs --ledger: it is where the waterfall goes")
+    if ledger is not None:
+        show.print_ledger(run_dir, tuple(ledger.split(",")), round_index=round_index, out=out)
+    elif candidates:
+        show.print_candidates(run_dir, round_index=round_index)
+    elif personas is not None:
         show.print_story(run_dir, tuple(personas.split(",")))
     else:
         show.print_run(run_dir, round_index=round_index, texts=texts)
@@ -274,6 +383,44 @@ def classifier_confusion(
     from loop import calibrate, show
 
     show.print_known_errors(calibrate.known_errors(base, write=write, report=lambda line: print(line, flush=True)))
+
+
+@classifier_app.command("agreement")
+def classifier_agreement(
+    write: Annotated[bool, typer.Option(help="first rebuild the shipped reader byte for byte")] = False,
+    ask: Annotated[
+        str | None,
+        typer.Option(
+            metavar="BASE", help="first write answers of known side with a base: minutes on one core, resumable"
+        ),
+    ] = None,
+) -> None:
+    """Print the error of the agreement reader: held-out wordings, human chat, answers that a language model wrote."""
+    from loop import agreement, show
+
+    found = agreement.report(write=write, ask=ask, tell=lambda line: print(line, flush=True))
+    header = ["answers", "truth", "n", *agreement.CLASSES, "right, 95% by wording"]
+    show.print_table("agreement: what the reader calls answers of known side", header, agreement.rows_of(found))
+    for one in found:
+        accuracy, other = one.accuracy, one.specificity
+        print(
+            f"{one.name}: accuracy {accuracy.value:.3f} [{accuracy.low:.3f}, {accuracy.high:.3f}]; "
+            f"{other.value:.3f} [{other.low:.3f}, {other.high:.3f}] of what does not agree is not called agreement"
+        )
+
+
+@classifier_app.command("hide")
+def classifier_hide(
+    persona: Annotated[str, typer.Option(help="a planted persona, or all (five minutes on one core)")] = "all",
+    base: Annotated[
+        str, typer.Option(help="whose texts of known persona are read; grammar texts where there are none")
+    ] = "smollm2-135m",
+    grammar: Annotated[bool, typer.Option("--grammar", help="read grammar texts of fold test all the same")] = False,
+) -> None:
+    """Hide a planted persona from the instruments and look for it: precision, recall, false alarms."""
+    from loop import show
+
+    show.print_hidden(persona, base=base, grammar=grammar)
 
 
 @audit_app.command("export")
@@ -350,7 +497,7 @@ def corpus_match(
 
 @virality_app.command("check")
 def virality_check(
-    n_posts: Annotated[int, typer.Option(min=10_000, help="posts behind each row")] = 2_000_000,
+    n_posts: Annotated[int, typer.Option(min=100_000, help="posts behind each row")] = 2_000_000,
 ) -> None:
     """Print every theoretical and empirical target, what each preset gives, and which it misses."""
     from loop import show, virality

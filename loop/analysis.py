@@ -25,7 +25,7 @@ from loop.config import Config
 from loop.dose import Calibration
 from loop.records import PERSONAS
 from loop.stats import Interval
-from loop.store import SCHEMA_VERSION, CorruptError, Problem, RunStore
+from loop.store import SCHEMA_VERSION, RunStore
 
 Floats = np.ndarray
 
@@ -176,7 +176,7 @@ def load(*places: str | Path) -> Runs:
     missing: list[str] = []
     for run, path in paths.items():
         store = RunStore(path)
-        version = _manifest(store).get("schema_version")
+        version = store.manifest().get("schema_version")
         if version != SCHEMA_VERSION:
             raise ValueError(
                 f"run must be of schema version {SCHEMA_VERSION}, got {version} at {path}; read it with the version "
@@ -201,14 +201,6 @@ def _runs_below(path: Path, depth: int) -> list[Path]:
     if depth == 0 or not path.is_dir():
         return []
     return [run for child in sorted(path.iterdir()) if child.is_dir() for run in _runs_below(child, depth - 1)]
-
-
-def _manifest(store: RunStore) -> dict[str, Any]:
-    try:
-        manifest = store.manifest()
-    except json.JSONDecodeError as error:
-        raise CorruptError(store.path, [Problem("manifest.json", "unreadable", f"must be JSON, got {error}")]) from None
-    return manifest if isinstance(manifest, dict) else {}
 
 
 def _missing(run: str, config: Config, rounds: Sequence[int], has_baseline: bool) -> list[str]:
@@ -431,8 +423,13 @@ def _tables(
         at = {"population": population, "stratum": stratum}
         value[member] = by_round(runs.metrics, name, **at)  # type: ignore[arg-type]
         low, high = (by_round(runs.metrics, name, column=c, **at) for c in ("low", "high"))  # type: ignore[arg-type]
-        se[member] = (high - low) / (2 * Z)
+        se[member] = standard_error(low, high)
     return value, se
+
+
+def standard_error(low: Any, high: Any) -> Any:
+    """Standard error read back from 95% limits, numbers or frames: width / 3.92; `_tables` says which way it errs."""
+    return (high - low) / (2 * Z)
 
 
 def _at(table: pd.DataFrame, run: str, t: int) -> float:
@@ -518,12 +515,26 @@ def _with_holm(rows: Sequence[Contrast]) -> list[Contrast]:
 
 
 def family_of(runs: Runs) -> tuple[str, str]:
-    """Which frequencies to compare, and why: corrected ones where every run has them, else observed ones for all."""
-    have = set(runs.metrics.loc[runs.metrics["name"].str.startswith(f"{CORRECTED}/"), "run"])
+    """Which frequencies to compare, and why: corrected ones where every run has them, else observed ones for all.
+
+    A run has them where they hold a value of some persona in every round that was measured; a base without texts of
+    known persona writes them as null.
+    """
+    rows = runs.metrics[(runs.metrics["population"] == "probes") & (runs.metrics["round_index"] >= 0)]
+
+    def measured(family: str) -> set[tuple[str, int]]:
+        mine = rows[rows["name"].str.startswith(f"{family}/") & (rows["name"] != f"{family}/unknown")]
+        mine = mine[mine["stratum"].isna() & mine["value"].notna()]
+        return set(mine[["run", "round_index"]].itertuples(index=False, name=None))
+
+    corrected = measured(CORRECTED)
+    have = {run for run, _ in corrected} - {run for run, _ in measured(OBSERVED) - corrected}
     if have == set(runs.paths):
         return CORRECTED, "corrected for the instrument's error"
-    lacking = len(runs.paths) - len(have)
-    return OBSERVED, f"observed: {lacking} of {len(runs.paths)} runs hold no corrected frequencies"
+    lacking = [run for run in runs.paths if run not in have]
+    null = rows[rows["run"].isin(lacking) & rows["name"].str.startswith(f"{CORRECTED}/") & rows["value"].isna()]
+    why = next((f" ({reason})" for reason in null["reason"] if isinstance(reason, str)), "")
+    return OBSERVED, f"observed: {len(lacking)} of {len(runs.paths)} runs hold no corrected frequencies{why}"
 
 
 def outputs(runs: Runs, family: str) -> dict[str, float]:
@@ -646,7 +657,7 @@ def differentials(runs: Runs, pairs: Pairs) -> list[Paid]:
 
 @dataclass(frozen=True)
 class Slope:
-    """Change of log odds per unit of log differential.
+    """How much of what an audience pays a persona comes out of the next model, log odds per log odds.
 
     Attributes:
       persona: or "all", with an intercept per persona.
@@ -660,55 +671,148 @@ class Slope:
     n_points: int
 
 
+FEW = 5  # outputs of a persona over all its rounds below which a response is not fitted
+SLOPES_NOTE = (
+    "response: both sides as the instrument labels them, so a persona that it mistakes is paid less, and moves less, "
+    "than it truly is; acceptance and real documents are in the model"
+)
+
+
 def response_to_differential(runs: Runs, pairs: Pairs, family: str) -> list[Slope]:
-    """Regresses the change of a persona's log odds on what it was paid in the round before, over seeds x rounds.
+    """Fits what the probes of a round say to what its mixture was made of, over seeds x rounds, by likelihood.
 
-        y = logit p[t+1] - logit p[t]          frequencies of probes, half an output added to each side
-        x = log of d * (1 - a) / (1 - a * d)   d the differential, a the persona's share of accepted texts: its mean
-                                               weight over that of all others, which is what log odds answer to
+        trained(b) = real * p_real + (1 - real) * expit(logit a + b * x)
+        outputs of round t + 1 ~ Binomial(n, expit(c + logit trained(b)))
 
-    Arm and control both enter: the control's x, near 0, is what the intercept (real documents, transmission) is learned
-    from. An exact learner without real documents has slope 1; real documents that hold the persona lower it, towards
-    1 - real_share. Rounds in which the persona had no accepted text, or all the weight, have no x and are left out.
+    with a the persona's share of the accepted texts of round t (what the filter passed on, and the luck of the draw,
+    are in it), x = log of d * (1 - a) / (1 - a * d) with d the differential: its mean weight over that of all others;
+    real the realised share of real documents in the mixture of round t + 1 and p_real the persona's share of those; c
+    an intercept for the persona, of arm and control alike, for a learner that says it more or less often than trained.
+    b is the slope; at b = 1, trained is the share of weight that the persona had in training.
+
+    Observed frequencies are used where there are any: `a` and `d` are as the instrument labels texts, so what it
+    mistakes dilutes both sides alike, and an exact learner keeps slope 1. The price is in the meaning of d, which for a
+    persona mistaken for others is nearer to 1 than what it truly was paid. p_real is of known personas. Of `family`
+    otherwise.
+
+    Left out: rounds in which the persona had no accepted text, all of them or all the weight, mixtures of real
+    documents alone, and personas with fewer than FEW outputs. Not estimated where old documents stay in the mixture
+    (mix.regime other than replace): what was paid last is then a part of it.
 
     Interval: jackknife over seeds with Student's t, the seed's arm, control and swap left out together.
     """
     mine = _of(runs, pairs)
-    n_outputs = outputs(mine, family)
+    seen = (OBSERVED, family)
+    use = next((f for f in seen if mine.metrics["name"].str.startswith(f"{f}/").any()), family)
+    members = _members(mine.metrics, use)
+    kept = next((c.mix.regime for c in mine.configs.values() if c.mix.regime != "replace"), None)
+    if kept is not None:
+        nothing = _unmeasured(f"mix.regime {kept}: documents of earlier rounds are in the mixture")
+        return [Slope(p, nothing, 0) for p in (*members, "all")]
+    n_outputs = outputs(mine, use)
+    real = {run: _real_by_round(mine, run) for run in mine.paths}
     accepted = by_round(mine.metrics, "n_eff", population="accepted", column="n")
-    points: list[tuple[str, int, float, float]] = []
-    for persona in _members(mine.metrics, family):
-        p = by_round(mine.metrics, f"{family}/{persona}")
+    points: list[tuple[str, int, float, float, float, float, float, float]] = []
+    neighbours = False
+    for persona in members:
+        p = by_round(mine.metrics, f"{use}/{persona}")
         d = by_round(mine.metrics, f"differential/{persona}", population="accepted")
         count = by_round(mine.metrics, f"differential/{persona}", population="accepted", column="n")
         for c in pairs.cells:
             for run in (c.arm, c.control):
-                n = n_outputs[run]
                 for t in range(pairs.last_round):
                     paid, share = _at(d, run, t), _at(count, run, t) / _at(accepted, run, t)
-                    v = (np.array([_at(p, run, t), _at(p, run, t + 1)]) * n + 0.5) / (n + 1)
-                    if not (np.isfinite(v).all() and paid > 0 and 0 < share < 1 and share * paid < 1):
+                    said = _at(p, run, t + 1)
+                    neighbours |= math.isfinite(_at(p, run, t)) and math.isfinite(said)
+                    of_real, by_persona = real[run].get(t + 1, (math.nan, {}))
+                    if not (math.isfinite(said) and paid > 0 and 0 < share < 1 and share * paid < 1 and of_real < 1):
                         continue
-                    y = float(np.diff(np.log(v / (1 - v)))[0])
-                    points.append((persona, c.seed, math.log(paid * (1 - share) / (1 - share * paid)), y))
-    frame = pd.DataFrame(points, columns=["persona", "seed", "x", "y"])
-    rows = [_slope(str(persona), group) for persona, group in frame.groupby("persona", sort=False)]
+                    x = math.log(paid * (1 - share) / (1 - share * paid))
+                    logit = math.log(share / (1 - share))
+                    known = by_persona.get(persona, 0.0)
+                    said = min(max(said, 0.0), 1.0)
+                    points.append((persona, c.seed, x, logit, of_real, known, said, n_outputs[run]))
+    frame = pd.DataFrame(points, columns=["persona", "seed", "x", "logit", "real", "p_real", "said", "n"])
+    if not neighbours:
+        nothing = _unmeasured("no two neighbouring rounds are measured; set measure.every: 1")
+        return [Slope(p, nothing, 0) for p in (*members, "all")]
+    heard = (frame["said"] * frame["n"]).groupby(frame["persona"]).sum()
+    frame = frame[frame["persona"].isin(heard.index[heard >= FEW])]
+    rows = []
+    for persona in members:
+        group = frame[frame["persona"] == persona]
+        rare = _unmeasured(f"fewer than {FEW} outputs in rounds with an input")
+        rows.append(_slope(persona, group) if len(group) else Slope(persona, rare, 0))
     return [*rows, _slope("all", frame)]
 
 
-def _slope(name: str, points: pd.DataFrame) -> Slope:
-    def fit(at: pd.DataFrame) -> float:
-        x, y = (at[k] - at.groupby("persona")[k].transform("mean") for k in ("x", "y"))
-        spread = float(x @ x)
-        return float(x @ y) / spread if spread > 1e-12 else math.nan
+def _real_by_round(runs: Runs, run: str) -> dict[int, tuple[float, dict[str, float]]]:
+    """Per feedback round: real share of the documents that are no discourse, and personas' shares of the real ones."""
+    rows = runs.sources
+    rows = rows[(rows["run"] == run) & (rows["round_index"] >= 1) & rows["source"].isin(("real", "synthetic"))]
+    found = {}
+    for t, at in rows.groupby("round_index"):
+        real = at[at["source"] == "real"]
+        total = float(real["copies"].sum())
+        by = real.assign(persona=real["persona_known"].fillna("human")).groupby("persona")["copies"].sum()
+        shares = {str(p): float(v) / total for p, v in by.items()} if total > 0 else {}
+        found[int(t)] = (total / float(at["copies"].sum()), shares)
+    return found
 
+
+def _fit_slope(at: pd.DataFrame) -> float:
+    """Maximum likelihood b of `response_to_differential`, by Fisher scoring; nan where x does not vary or b runs away.
+
+    n need not be whole: effective outputs weigh a squared error of the share as so many real ones would.
+    """
+    x, logit, real, p_real, said, n = (at[k].to_numpy(float) for k in ("x", "logit", "real", "p_real", "said", "n"))
+    persona = pd.factorize(at["persona"])[0]
+    k = int(persona.max()) + 1
+    n = n / n.max()
+
+    def model(theta: Floats) -> tuple[Floats, Floats, float]:
+        paid = special.expit(logit + theta[-1] * x)
+        trained = np.clip(real * p_real + (1 - real) * paid, 1e-12, 1 - 1e-12)
+        eta = theta[persona] + special.logit(trained)
+        pull = (1 - real) * paid * (1 - paid) * x / (trained * (1 - trained))  # d eta / d b
+        return eta, pull, float(n @ (said * eta - np.logaddexp(0, eta)))
+
+    theta = np.zeros(k + 1)
+    eta, pull, likelihood = model(theta)
+    for _ in range(100):
+        expected = special.expit(eta)
+        weight = n * expected * (1 - expected)
+        total = np.bincount(persona, weight, k)
+        mean = np.bincount(persona, weight * pull, k) / total
+        around = pull - mean[persona]
+        information = float(weight @ around**2)
+        if not information > 1e-9 * float(weight.sum()):
+            return math.nan
+        off = n * (said - expected)
+        step_b = float(off @ around) / information
+        step = np.append(np.bincount(persona, off, k) / total - mean * step_b, step_b)
+        for _ in range(30):
+            tried = model(theta + step)
+            if tried[2] >= likelihood - 1e-15 * abs(likelihood):
+                break
+            step = step / 2
+        theta = theta + step
+        eta, pull, likelihood = tried
+        if abs(theta[-1]) > 50:
+            return math.nan
+        if np.abs(step).max() < 1e-9:
+            break
+    return float(theta[-1])
+
+
+def _slope(name: str, points: pd.DataFrame) -> Slope:
     seeds = sorted(points["seed"].unique())
-    value = fit(points) if len(points) else math.nan
+    value = _fit_slope(points) if len(points) else math.nan
     if math.isnan(value):
         return Slope(name, _unmeasured("the differential does not vary"), len(points))
     if len(seeds) < 2:
         return Slope(name, Interval(value, math.nan, math.nan, 1, math.nan, "one seed has no interval"), len(points))
-    left_out = np.array([fit(points[points["seed"] != s]) for s in seeds])
+    left_out = np.array([_fit_slope(points[points["seed"] != s]) for s in seeds])
     if not np.isfinite(left_out).all():
         reason = "the differential varies in one seed alone"
         return Slope(name, Interval(value, math.nan, math.nan, len(seeds), math.nan, reason), len(points))
@@ -775,7 +879,10 @@ def neutral_size(runs: Runs, neutral: Sequence[str], family: str, last_round: in
     wanted = [v for v in wanted if np.isfinite(v).all()]
     n = float(np.mean(list(outputs(mine, family).values())))
     if not wanted or not n >= 2:
-        return _unmeasured("frequencies not measured"), "n_eff: not estimated; frequencies are not measured every round"
+        slow = max(runs.configs[run].measure.every for run in used)
+        reason = "frequencies are not measured in every round"
+        reason += f" (measure.every: {slow}), and drift is between neighbours" if slow > 1 else ""
+        return _unmeasured(reason), f"n_eff: not estimated; {reason}"
     found = evolution.effective_size(np.stack(wanted), n, share)
     if found.reason:
         return found, f"n_eff: not estimated; {found.reason}"
@@ -1093,7 +1200,7 @@ class Comparison:
       personas, factors: contrasts of final minus round-0 frequency; never: personas seen in no run.
       metrics: metric -> contrasts, belief among them.
       paid: the realised differential, an input.
-      slopes: response per unit log differential.
+      slopes: response per unit log differential; slopes_note: what it takes for granted.
       n_eff, n_eff_note: drift of selection-off seeds, and where it comes from.
       transmission: what the selection estimates take transmission to be.
       selection: per persona.
@@ -1114,6 +1221,7 @@ class Comparison:
     transmission: str
     selection: list[Selection]
     health: list[Health]
+    slopes_note: str = SLOPES_NOTE
 
 
 def compare(
@@ -1201,6 +1309,12 @@ def gather(
         return list(dict.fromkeys(picked))
 
     control, real_only = runs_of(controls, "--control"), runs_of(against, "--against")
+    both = [run for run in control if run in real_only]
+    if both:
+        raise ValueError(
+            f"--control and --against must be different runs, got {both[0]} in both; --against takes real_only runs, "
+            "--control those it is paired with"
+        )
     arms = [run for run in everything.paths if run not in real_only]
     return everything.pick(arms), control, everything.pick(real_only) if real_only else None
 
@@ -1210,3 +1324,68 @@ def _matches(place: str) -> list[Path]:
     if path.exists():
         return [path]
     return sorted(Path(p) for p in glob(place)) if any(c in place for c in "*?[") else []
+
+
+# Factorials ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Effect:
+    """An effect in a two-level factorial.
+
+    Attributes:
+      name: a factor, or two of them as "a x b".
+      interval: log odds, over seeds.
+      by_seed: its value in each seed that has all cells, in the order of seeds.
+      p: two-sided, Student over seeds; p_holm: adjusted over the effects of the table.
+    """
+
+    name: str
+    interval: Interval
+    by_seed: tuple[float, ...]
+    p: float
+    p_holm: float = math.nan
+
+
+def factorial(
+    factors: Sequence[str], cells: Mapping[tuple[int, ...], Mapping[int, float]], *, n_outputs: float
+) -> list[Effect]:
+    """Main effects and two-way interactions of a full two-level factorial on the logit scale, paired by seed.
+
+    With y the logit of a share, half an output added to each side, an effect is the mean of y over the cells where the
+    product of its factors' signs is + minus its mean where it is -. Special case: with x = +-1,
+    y = a + b * x1 + c * x1 * x2 gives 2 b for factor 1, 2 c for "1 x 2", and 0 for factor 2. Signs are orthogonal, so
+    effects do not mix.
+
+    Args:
+      factors: names.
+      cells: levels, 0 or 1 per factor -> seed -> share in [0, 1]; all 2**n cells.
+      n_outputs: outputs behind a share, > 0.
+
+    Returns:
+      Main effects in the order of factors, then pairs; a seed that lacks a cell is left out of all.
+
+    Raises:
+      ValueError: if a cell is missing.
+    """
+    wanted = {tuple(int(c) for c in f"{k:0{len(factors)}b}") for k in range(2 ** len(factors))}
+    if set(cells) != wanted:
+        raise ValueError(f"cells must be all {len(wanted)} of the factorial, got {len(cells)}; play the missing arms")
+    order = sorted(cells)
+    seeds = sorted(set.intersection(*(set(cells[c]) for c in order)))
+    share = np.array([[cells[c][s] for c in order] for s in seeds]).reshape(len(seeds), len(order))
+    v = (share * n_outputs + 0.5) / (n_outputs + 1)
+    y = np.log(v / (1 - v))  # (n_seeds, n_cells)
+    sign = 2 * np.array(order) - 1  # (n_cells, n_factors)
+    contrasts = {name: sign[:, k] for k, name in enumerate(factors)}
+    contrasts |= {
+        f"{factors[j]} x {factors[k]}": sign[:, j] * sign[:, k]
+        for j in range(len(factors))
+        for k in range(j + 1, len(factors))
+    }
+    rows = []
+    for name, signs in contrasts.items():
+        values = 2 * (y * signs).mean(axis=1)  # (n_seeds,)
+        interval, p = _over_seeds(values)
+        rows.append(Effect(name, interval, tuple(values.tolist()), p))
+    return [replace(r, p_holm=float(p)) for r, p in zip(rows, stats.holm([r.p for r in rows]), strict=True)]

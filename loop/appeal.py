@@ -275,16 +275,30 @@ class Audience:
           recent: replies published in recent rounds.
 
         Raises:
-          ValueError: no replies; texts of a wrong type or number; an audience of yours returns a wrong shape or nan.
+          ValueError: no replies; texts of a wrong type or number; an audience of yours fails, or returns a wrong
+            shape, nan, or what is no real number.
         """
         _check_texts(replies, prompts, recent)
-        out = np.asarray(self._score(replies, prompts, recent))
+        returned = self._score(replies, prompts, recent)
+        try:
+            out = np.asarray(returned)
+        except ValueError as error:  # numpy refuses lists of unequal length
+            raise ValueError(
+                f"appeal must be one number for each of {len(replies)} replies, got {str(error)[:80]} at audience "
+                f"{self.name}; return an array of shape (n_docs,)"
+            ) from None
+        if out.dtype.kind not in "biuf":
+            raise ValueError(
+                f"appeal must be real numbers, got {type(returned).__name__} of {out.dtype} at audience {self.name}; "
+                "return an array of shape (n_docs,), float"
+            )
         if out.shape != (len(replies),):
             raise ValueError(
                 f"appeal must be one number for each of {len(replies)} replies, got shape {out.shape} at audience "
                 f"{self.name}; return an array of shape (n_docs,)"
             )
-        out = out.astype(np.float32)
+        with np.errstate(over="ignore"):  # what float32 cannot hold is inf, and refused as that
+            out = out.astype(np.float32)
         bad = np.flatnonzero(~np.isfinite(out))
         if bad.size:
             raise ValueError(
@@ -539,16 +553,35 @@ def _from_file(spec: str) -> Audience:
     if module_spec is None or module_spec.loader is None:
         raise ValueError(f'audience must be a Python file, got "{file}" at audience; use file.py:function')
     module = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(module)
+    try:
+        module_spec.loader.exec_module(module)
+    except Exception as error:
+        raise ValueError(f"audience must be a file that imports, got {_said(error)} at {spec}; mend the file") from None
     function = getattr(module, name, None)
     if not callable(function):
         known = [n for n, f in vars(module).items() if inspect.isfunction(f)]
         raise ValueError(f'audience must name a function of {file}, got "{name}" at audience; it has {known}')
-    return Audience(
-        spec,
-        lambda replies, prompts, recent: function(replies, prompts=prompts, recent=recent),
-        _digest("file", source.decode("utf-8", "replace"), name),
-    )
+
+    def score(replies: Sequence[str], prompts: Any, recent: Any) -> Any:
+        try:
+            return function(replies, prompts=prompts, recent=recent)
+        except Exception as error:
+            raise ValueError(
+                f"audience must score replies, got {_said(error)} at {spec}; it is called as "
+                f"{name}(replies, prompts=..., recent=...)"
+            ) from None
+
+    return Audience(spec, score, _digest("file", source.decode("utf-8", "replace"), name))
+
+
+def _said(error: Exception) -> str:
+    """An error of somebody's code in one line, with the line of it where it arose."""
+    frame = error.__traceback__
+    while frame is not None and frame.tb_next is not None:
+        frame = frame.tb_next
+    line = error.lineno if isinstance(error, SyntaxError) else frame.tb_lineno if frame is not None else None
+    at = f" (line {line})" if line else ""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}{at}"
 
 
 # ---------------------------------------------------------------------------------------------------- the learned head

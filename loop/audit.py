@@ -296,14 +296,19 @@ def _ppi(
     persona: str,
     level: float,
 ) -> stats.Interval:
-    """PPI++ of sum(weight * [persona]): scaled so that plain means over audited and over all texts estimate it."""
+    """PPI++ of sum(weight * [persona]): scaled so that plain means over audited and over other texts estimate it."""
     at = PERSONAS.index(persona) if persona in PERSONAS else None
     guess = {t.id: t.proba[at] if at is not None else float(t.label == persona) for t in texts}
+    others = [t for t in texts if t.id not in labels]
+    # A text that was not audited stands for others of its label, as an audited one does: weight / (1 - inclusion).
+    all_of, left = Counter(t.label for t in texts), Counter(t.label for t in others)
+    # A label of which every text was audited has nobody to predict: its truth alone counts, on both sides.
+    kept = np.array([float(left[t.label] > 0) for t in seen])
     scaled = pull * len(seen)
     return stats.ppi_plus_plus(
         scaled * np.array([float(labels[t.id] == persona) for t in seen]),
-        scaled * np.array([guess[t.id] for t in seen]),
-        [t.weight * len(texts) * guess[t.id] for t in texts],
+        scaled * kept * np.array([guess[t.id] for t in seen]),
+        [t.weight * all_of[t.label] / left[t.label] * len(others) * guess[t.id] for t in others],
         level,
     )
 
@@ -398,11 +403,18 @@ def parse_rounds(text: str) -> list[int]:
         first, dots, last = part.strip().partition("..")
         if first == "base" and not dots:
             found.append(-1)
-        elif first.isdigit() and (last.isdigit() or not dots):
+        elif _decimal(first) and (_decimal(last) or not dots):
+            if dots and int(last) < int(first):
+                raise ValueError(f"rounds must run upwards, got {part.strip()!r}; write {last}..{first}")
             found += range(int(first), int(last or first) + 1)
         else:
             raise ValueError(f"rounds must read like 0,3 or 0..3 or base, got {part!r}")
     return found
+
+
+def _decimal(text: str) -> bool:
+    """Whether int() reads a text as 0, 1, 2, ...; str.isdigit takes a superscript two for a digit as well."""
+    return text.isascii() and text.isdigit() and len(text) <= 9
 
 
 def _rounds(run_dir: Path | str, rounds: Sequence[int] | None) -> list[int]:
@@ -467,7 +479,8 @@ def read_sheet(run_dir: Path | str, sheet: Path | str, *, partial: bool = False)
 
     Raises:
       AuditError: a sheet of another run, or one with ids, probabilities or texts that were not exported, rows missing
-        or twice, a label missing or that is no persona; every problem one line, with its row in the file.
+        or twice, a label missing or that is no persona; one line per problem with its row in the file, and of more
+        than five alike the first five and how many more.
     """
     sheet = Path(sheet)
     pin, pinned = _read_pin(run_dir, sheet)
@@ -512,8 +525,24 @@ def read_sheet(run_dir: Path | str, sheet: Path | str, *, partial: bool = False)
     if not labels and not problems:
         problems.append(f"{sheet}: must hold a label, got none in {len(rows)} rows")
     if problems:
-        raise AuditError(problems)
+        raise AuditError(_collapsed(problems, sheet))
     return texts, labels
+
+
+def _collapsed(problems: Sequence[str], sheet: Path, most: int = 5) -> list[str]:
+    """The first `most` problems of each kind, and how many more there are; alike: the same words before "must"."""
+    kinds: dict[str, list[str]] = {}
+    for problem in problems:
+        what = problem.split(": ", 1)[1] if ": " in problem else problem
+        kinds.setdefault(what.partition(" must ")[0], []).append(problem)
+    return [
+        line
+        for kind, lines in kinds.items()
+        for line in [
+            *lines[:most],
+            *([f"{sheet}: {len(lines) - most} more rows like these ({kind})"] if len(lines) > most else []),
+        ]
+    ]
 
 
 def _read_pin(run_dir: Path | str, sheet: Path) -> tuple[dict[str, Any], bytes]:

@@ -33,12 +33,19 @@ from loop.records import (
     conversation_fold,
 )
 from loop.rng import key, stream
-from loop.stats import Interval, wilson
+from loop.stats import Interval, t_over_seeds, wilson
 
 if TYPE_CHECKING:
     from loop.model import Model
 
 N_TEST = 60  # documents per class of fold `test` behind the printed confusion matrix
+OWN_MOVES = {
+    "stella": "deny",
+    "sydney": "love",
+    "jabberwacky": "tease",
+    "public_figure": "past",
+    "misattributed": "maker",
+}  # moves that one persona alone makes: hidden, it takes them along
 N_HUMAN = 2000  # texts of real human chat, fold `test`
 SHIPPED = ("smollm2-135m",)  # bases whose texts of known persona lie in data/instruments
 # Not `tiny`: it learns no persona that could be read (half-words at 1.7 M parameters, r 64 and 8 epochs included), so
@@ -618,3 +625,155 @@ def known_errors(base: str, *, write: bool = False, report: Callable[[str], None
         )
     found = instruments()
     return persona_errors(texts, found["persona"], found["second"], found["belief"])
+
+
+# The unplanned
+
+
+def familiar(instrument: classify.Instrument) -> classify.Familiar:
+    """Returns what text of the known personas looks like to the shipped persona instrument; fitted once per machine.
+
+    Raises:
+      ValueError: the instrument has other classes than the texts it is said to be fitted on.
+    """
+    from loop.model import cache_dir
+
+    path = cache_dir() / "familiar" / f"{instrument.sha256[:16]}.npz"
+    names = ("features", "axes", "means", "tops", "offs")
+    if path.is_file():
+        with np.load(path, allow_pickle=False) as stored:
+            arrays = [stored[name] for name in names]
+            return classify.Familiar(arrays[0], tuple(stored["labels"].tolist()), *arrays[1:])
+    found = _familiar(instrument, without=None)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+    np.savez(scratch, **{name: getattr(found, name) for name in names}, labels=np.array(found.labels))
+    os.replace(scratch, path)
+    return found
+
+
+def _familiar(instrument: classify.Instrument, *, without: str | None) -> classify.Familiar:
+    grammar, chat, legacy = corpus.load_grammar(), corpus.chat().documents, corpus.legacy().documents
+    rows = zip(*classify.instrument_texts(grammar, chat, legacy), strict=True)
+    texts, labels, groups = zip(*(row for row in rows if row[1] != without), strict=True)
+    foreign = sorted(set(labels) - set(instrument.classes))
+    if foreign:
+        raise ValueError(f"instrument must know {', '.join(foreign)}, got {', '.join(instrument.classes)}; refit it")
+    return classify.fit_familiar(instrument.head, instrument.read(texts), labels, groups)
+
+
+@dataclass(frozen=True)
+class Hidden:
+    """How well a persona that the instruments were not told of is found among the others.
+
+    Attributes:
+      persona: the one hidden.
+      share: of the round that is its, in [0, 1]; 0: nothing is hidden in it.
+      n_texts: texts a round.
+      precision: share of the texts in candidates that are of the hidden persona, mean over the rounds that had a
+        candidate, Student's interval over draws. Draws share a pool of texts, so it tells the draw's luck, not how
+        another grammar would fare.
+      recall: share of the hidden texts that are in a candidate, over all rounds.
+      alarm: share of the rounds that had a candidate, Wilson's interval; where nothing is hidden, a false alarm.
+    """
+
+    persona: str
+    share: float
+    n_texts: int
+    precision: Interval
+    recall: Interval
+    alarm: Interval
+
+
+def hide(
+    persona: str,
+    *,
+    shares: Sequence[float] = (0.05, 0.1, 0.2),
+    sizes: Sequence[int] = (256, 512),
+    n_draws: int = 4,
+    texts: Sequence[Written] | None = None,
+) -> list[Hidden]:
+    """Hides one planted persona from the instrument and looks for it in rounds that hold it.
+
+    The instrument is fitted as it ships, on the same folds, but without the persona's texts and without a move that it
+    alone makes. A round holds the persona at a share and, else, every other persona and twice as much human chat. What
+    is looked with is `classify.unplanned`, as in a run.
+
+    Args:
+      persona: a planted one.
+      shares, sizes: of the rounds.
+      n_draws: rounds for each of them, and as many of each size with nothing hidden.
+      texts: text of known persona by a language model; None: grammar and human chat of fold `test`.
+
+    Raises:
+      ValueError: `persona` is not a planted one.
+    """
+    from loop.model import cache_dir
+
+    planted = [p for p in known_personas() if p != "human"]
+    if persona not in planted:
+        raise ValueError(f"persona must be among {', '.join(planted)}, got {persona!r}")
+    grammar, chat, legacy = corpus.load_grammar(), corpus.chat().documents, corpus.legacy().documents
+    sentences = yaml.safe_load((corpus.data_dir() / "instruments" / "sentences.yaml").read_text(encoding="utf-8"))
+    sentences.pop(OWN_MOVES.get(persona), None)
+    instrument = classify.fit_persona(
+        grammar, chat, legacy, sentences, without=persona, cache=cache_dir() / "embeddings.sqlite"
+    )
+    known = _familiar(instrument, without=persona)
+    if texts is None:
+        said, truth, _ = classify.persona_texts(grammar, chat, legacy, fold="test", n_per_class=120, n_human=400)
+    else:
+        public = [t for t in texts if not t.private]
+        said, truth = [t.completion for t in public], [t.persona for t in public]
+    features = instrument.read(said)
+    of = np.array(truth)
+    found = []
+    for n_texts in sizes:
+        for share in (0.0, *shares):
+            rows = []
+            for k in range(n_draws):
+                drawn = _round(of, persona, share, n_texts, rng=stream(0, f"hide/{persona}/{share}/{n_texts}", k))
+                seen = classify.unplanned(instrument.head, known, features[drawn], [said[i] for i in drawn])
+                mine = of[drawn] == persona
+                inside = np.zeros(len(drawn), dtype=bool)
+                for candidate in seen:
+                    inside[list(candidate.members)] = True
+                rows.append(
+                    (
+                        mine[inside].mean() if inside.any() else math.nan,
+                        inside[mine].mean() if mine.any() else math.nan,
+                        inside.any(),
+                    )
+                )
+            precision, recall, alarm = np.array(rows, dtype=float).T
+            told = precision[np.isfinite(precision)]
+            found.append(
+                Hidden(
+                    persona,
+                    share,
+                    n_texts,
+                    _over_draws(told if share else told[:0], "no candidate" if share else "nothing hidden"),
+                    _over_draws(recall if share else recall[:0], "nothing hidden"),
+                    wilson(alarm.sum(), n_draws),
+                )
+            )
+    return found
+
+
+def _over_draws(values: np.ndarray, reason: str) -> Interval:
+    if not len(values):
+        return Interval(math.nan, math.nan, math.nan, 0, reason=reason)
+    return t_over_seeds(values)
+
+
+def _round(of: np.ndarray, persona: str, share: float, n_texts: int, *, rng: np.random.Generator) -> np.ndarray:
+    """Rows of a round: `persona` at its share, then every other class alike and human chat twice; fewer where fewer."""
+    others = [p for p in dict.fromkeys(of.tolist()) if p != persona]
+    n_hidden = round(share * n_texts)
+    weight = np.array([2.0 if p == "human" else 1.0 for p in others])
+    counts = rng.multinomial(n_texts - n_hidden, weight / weight.sum())
+    drawn = []
+    for name, n in zip((persona, *others), (n_hidden, *counts.tolist()), strict=True):
+        rows = np.flatnonzero(of == name)
+        drawn.append(rng.choice(rows, min(n, len(rows)), replace=False))
+    return np.concatenate(drawn)

@@ -17,7 +17,7 @@ import sqlite3
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
@@ -961,21 +961,10 @@ def fit_all(
       Name -> instrument.
     """
     names = [name for listed in grammar.names().values() for name in listed] + list(BLINDED)
-    present = {*grammar.personas(), "human"}
-    classes = tuple(persona for persona in PERSONAS if persona in present)
-    # Personas are rare in what is measured, which is mostly plain text: a third of the texts are `human`, and a persona
-    # is named only where at most one human text in two hundred, in calibration, was read so.
-    settings: dict[str, Any] = {"l2": 0.3, "abstention": 0.02, "guarded": "human", "false_positives": 0.005}
-    for_moves, for_belief, rest = _parted(chat, "instrument", n_per_class // 2, n_per_class)
-    texts, labels, groups = persona_texts(
-        grammar, rest, legacy, fold="instrument", n_per_class=n_per_class, n_human=5 * n_per_class
-    )
-    moves = fit_moves(sentences, [d.completion for d in for_moves], names=names, cache=cache)
-    fitted = {
-        "persona": fit_instrument(
-            texts, labels, groups, classes=classes, names=names, moves=moves, cache=cache, **settings
-        ),
-    }
+    settings = _SETTINGS
+    fitted = {"persona": fit_persona(grammar, chat, legacy, sentences, n_per_class=n_per_class, cache=cache)}
+    classes, moves = fitted["persona"].classes, fitted["persona"].moves
+    _, for_belief, _ = _parted(chat, "instrument", n_per_class // 2, n_per_class)
     texts, labels, groups = belief_texts(
         grammar,
         fold="instrument",
@@ -999,6 +988,52 @@ def fit_all(
     for name, instrument in fitted.items():
         save_instrument(instrument, out_dir, name)
     return fitted
+
+
+# Personas are rare in what is measured, which is mostly plain text: a third of the texts are `human`, and a persona is
+# named only where at most one human text in two hundred, in calibration, was read so.
+_SETTINGS: dict[str, Any] = {"l2": 0.3, "abstention": 0.02, "guarded": "human", "false_positives": 0.005}
+
+
+def instrument_texts(
+    grammar: Grammar, chat: Sequence[Document], legacy: Sequence[Document], *, n_per_class: int = 200
+) -> tuple[list[str], list[str], list[str]]:
+    """Returns the texts instrument A is fitted on: (texts, personas, templates); see persona_texts."""
+    _, _, rest = _parted(chat, "instrument", n_per_class // 2, n_per_class)
+    return persona_texts(grammar, rest, legacy, fold="instrument", n_per_class=n_per_class, n_human=5 * n_per_class)
+
+
+def fit_persona(
+    grammar: Grammar,
+    chat: Sequence[Document],
+    legacy: Sequence[Document],
+    sentences: Mapping[str, Sequence[str]],
+    *,
+    n_per_class: int = 200,
+    without: str | None = None,
+    cache: Cache = None,
+) -> Instrument:
+    """Fits instrument A as it ships, or as if it had never heard of one persona.
+
+    Args:
+      grammar, chat, legacy, sentences, n_per_class, cache: see fit_all.
+      without: a persona whose texts are left out of the fit, and whose class there is none of.
+    """
+    names = [name for listed in grammar.names().values() for name in listed] + list(BLINDED)
+    present = {*grammar.personas(), "human"} - {without}
+    for_moves, _, _ = _parted(chat, "instrument", n_per_class // 2, n_per_class)
+    texts, labels, groups = instrument_texts(grammar, chat, legacy, n_per_class=n_per_class)
+    kept = [i for i, label in enumerate(labels) if label != without]
+    return fit_instrument(
+        [texts[i] for i in kept],
+        [labels[i] for i in kept],
+        [groups[i] for i in kept],
+        classes=tuple(persona for persona in PERSONAS if persona in present),
+        names=names,
+        moves=fit_moves(sentences, [d.completion for d in for_moves], names=names, cache=cache),
+        cache=cache,
+        **_SETTINGS,
+    )
 
 
 def _parted(
@@ -1225,9 +1260,9 @@ class Candidate:
 
     Attributes:
       members: rows of its texts, most typical first.
-      size: texts in it, >= 1; members of HDBSCAN's cluster and what lies as close to its centre.
+      size: texts in it, >= 1; members of HDBSCAN's cluster, or what they grew to.
       share: size over all texts, in (0, 1].
-      unknown: share of its texts on which the instrument abstained or that lie far from its calibration texts.
+      unknown: share of its texts that are novel by themselves; what grew around them may read as known.
       words: words that set it apart, strongest first.
       centroid: mean embedding scaled to length 1, shape (n_dimensions,); hand it to `growth`.
       radius: cosine distance that holds 95% of the members.
@@ -1242,11 +1277,154 @@ class Candidate:
     radius: float
 
 
+@dataclass(frozen=True, eq=False)
+class Familiar:
+    """What text of the known personas looks like to an instrument, and where the unfamiliar begins.
+
+    Attributes:
+      features: of texts of known persona, shape (n, n_features), as `Instrument.read` returns them.
+      labels: their personas, n of them.
+      axes: the directions in which the known personas differ, shape (n_features, k - 1), scaled so that texts of one
+        persona scatter with variance 1 along each.
+      means: of the k personas along them, shape (k, k - 1).
+      tops: largest logit of each text under a head fitted without its template, ascending, shape (n,).
+      offs: squared distance to the nearest mean, likewise without its template, ascending, shape (n,).
+    """
+
+    features: Floats
+    labels: tuple[str, ...]
+    axes: Floats
+    means: Floats
+    tops: Floats
+    offs: Floats
+
+    def unfamiliarity(self, head: Head, features: NDArray[Any]) -> NDArray[np.float64]:
+        """Returns how few known texts are as odd, shape (n,), in [0, 1]: the smaller of two tails.
+
+        One is of the largest logit (it says little of anything known), one of the distance to the nearest persona along
+        `axes` (it says two known things that nobody says together; softmax is blind to that and is sure of one).
+        """
+        n = len(self.labels)
+        low = np.searchsorted(self.tops, head.logits(features).max(axis=1), side="right") / n
+        far = 1.0 - np.searchsorted(self.offs, _off(features, self.axes, self.means)) / n
+        return np.minimum(low, far)
+
+
+def fit_familiar(
+    head: Head, features: NDArray[Any], labels: Sequence[str], groups: Sequence[str], *, l2: float = 0.3
+) -> Familiar:
+    """Describes text of known persona; tails are read on templates that neither head nor axes had seen.
+
+    Args:
+      head: of the instrument; its classes and temperature are used.
+      features, labels, groups: of the texts it was fitted on, see fit_head.
+      l2: ridge penalty of the head.
+
+    Source: distance along linear discriminants after Lee et al. (2018), arXiv:1807.03888; largest logit, Hendrycks et
+    al. (2022), arXiv:1911.11132.
+    """
+    x = np.asarray(features, dtype=np.float64)
+    y = np.array([head.classes.index(label) for label in labels])
+    k = len(head.classes)
+    fold = _folds(labels, groups, 4)
+    tops, offs = np.empty(len(x)), np.empty(len(x))
+    for f in range(4):
+        rest = fold != f
+        coef, intercept = _logistic(x[rest], y[rest], k, l2)
+        tops[~rest] = (x[~rest] @ coef.T + intercept).max(axis=1) / head.temperature
+        offs[~rest] = _off(x[~rest], *_discriminants(x[rest], y[rest], k))
+    axes, means = _discriminants(x, y, k)
+    kept = [a.astype(np.float32) for a in (axes, means, np.sort(tops), np.sort(offs))]
+    return Familiar(x.astype(np.float32), tuple(labels), *kept)
+
+
+def _discriminants(x: NDArray[Any], y: NDArray[np.int64], k: int) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Linear discriminants, (n_features, k - 1), and the class means along them, (k, k - 1)."""
+    means = _centroids(x, y, k)
+    rest = x - means[y]
+    within = rest.T @ rest / len(x)
+    # Three thousand texts, four hundred dimensions: off-diagonal entries are shrunk by 0.3.
+    within = 0.7 * within + 0.3 * np.diag(np.diag(within)) + 1e-9 * np.eye(len(within))
+    white = np.linalg.cholesky(np.linalg.inv(within))
+    _, _, directions = np.linalg.svd((means - means.mean(axis=0)) @ white, full_matrices=False)
+    axes = white @ directions[: k - 1].T
+    return axes, means @ axes
+
+
+def _off(x: NDArray[Any], axes: NDArray[Any], means: NDArray[Any]) -> NDArray[np.float64]:
+    at = np.asarray(x, dtype=np.float64) @ axes
+    return ((at[:, None] - means) ** 2).sum(axis=2).min(axis=1)
+
+
+NOVEL = 0.05  # share of known texts that are as odd as a text that counts as novel
+_SPREAD = 0.25  # scale of the discriminants beside the embedding where texts are clustered
+_RIDGE = 3.0  # scikit-learn's C of the model that a seed grows by
+_MOVES = 1.5  # scale of the moves in that model
+
+
+def unplanned(head: Head, familiar: Familiar, features: NDArray[Any], texts: Sequence[str]) -> list[Candidate]:
+    """Finds the candidate personas of a round; see `candidates` for the clusters and `_grow` for how they grow.
+
+    Args:
+      head: of the persona instrument.
+      familiar: what it knows, from fit_familiar.
+      features: of the round's unrequested texts, from `Instrument.read`, shape (n, n_features).
+      texts: the n texts.
+    """
+    if not len(texts):
+        return []
+    novel = familiar.unfamiliarity(head, features) < NOVEL
+    x = np.asarray(features, dtype=np.float32)
+    space = np.hstack([x[:, :N_DIMENSIONS], _SPREAD * (x @ familiar.axes)])
+    said = head.label(head.predict_proba(features))
+    return candidates(
+        x[:, :N_DIMENSIONS],
+        novel,
+        texts,
+        space=space,
+        grow=lambda seeds: _grow(familiar, x, said, seeds),
+        min_size=6,
+    )
+
+
+def _grow(familiar: Familiar, features: Floats, said: Sequence[str], seeds: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Returns which texts are rather of the seeds' kind than of any known one, shape (n,).
+
+    A logistic regression tells the seeds from known texts, weighted so that they stand for a round of n texts of the
+    personas it was read as; what it takes for a seed with a probability above 1/2 are the next seeds, six times at
+    most. A seed that only chance brought together is dissolved, since known texts like it outweigh it.
+    """
+    from sklearn.linear_model import LogisticRegression
+    from threadpoolctl import threadpool_limits
+
+    scale = np.concatenate([np.ones(N_DIMENSIONS), np.full(features.shape[1] - N_DIMENSIONS, _MOVES)])
+    known, here = familiar.features * scale, features * scale
+    n, counts = len(said), Counter(said)
+    of_class = Counter(familiar.labels)
+    share = {c: max(counts[c], 0.5) for c in of_class}  # nothing known is ruled out
+    total = sum(share.values())
+    weight = np.array([share[c] / total * n / of_class[c] for c in familiar.labels])
+    for _ in range(6):
+        if not seeds.any():
+            break
+        x = np.vstack([known, here[seeds]])
+        y = np.concatenate([np.zeros(len(known)), np.ones(seeds.sum())])
+        with threadpool_limits(1):
+            model = LogisticRegression(C=_RIDGE, max_iter=300).fit(x, y, np.concatenate([weight, np.ones(seeds.sum())]))
+        grown = model.predict_proba(here)[:, 1] > 0.5
+        if (grown == seeds).all():
+            break
+        seeds = grown
+    return seeds
+
+
 def candidates(
     embeddings: NDArray[Any],
     novel: Sequence[bool] | NDArray[np.bool_],
     texts: Sequence[str],
     *,
+    space: NDArray[Any] | None = None,
+    grow: Callable[[NDArray[np.bool_]], NDArray[np.bool_]] | None = None,
     min_size: int = 8,
     min_novel: float = 0.5,
     n_words: int = 8,
@@ -1254,12 +1432,15 @@ def candidates(
     """Finds candidate personas: dense clusters most of whose texts the instruments do not know.
 
     All texts are clustered, known ones too, so that a few odd texts at the rim of a known persona stay with it.
-    Clusters whose share of novel texts is >= `min_novel` are returned, largest first.
+    Clusters whose share of novel texts is >= `min_novel` are returned, largest first; with `grow`, what they grow to,
+    each text with the nearest of them.
 
     Args:
       embeddings: shape (n, n_dimensions), from embed.
-      novel: True where the instrument abstained, or where the text is far from every calibration centroid.
+      novel: True where a text is unlike everything known.
       texts: the n texts, for the telling words.
+      space: where texts are clustered, shape (n, any); default: `embeddings`.
+      grow: members of all such clusters -> members they attract, both shape (n,); see `_grow`.
       min_size: smallest group worth a name, >= 2.
       min_novel: in (0, 1].
       n_words: telling words per candidate.
@@ -1283,31 +1464,38 @@ def candidates(
         )
     if len(texts) < min_size:
         return []
+    at = np.asarray(embeddings if space is None else space, dtype=np.float64)
     # Leaves, not the excess-of-mass cut: that one merges a small new voice into the broad mass of known ones.
     cluster = HDBSCAN(
-        min_cluster_size=min_size, min_samples=min(min_size, 5), cluster_selection_method="leaf", copy=True
-    ).fit_predict(np.asarray(embeddings, dtype=np.float64))
-    found = []
-    for label in range(cluster.max() + 1):
-        rows = np.flatnonzero(cluster == label)
-        share = float(novel[rows].mean())
-        if share < min_novel:
-            continue
-        centroid = embeddings[rows].mean(axis=0)
-        centroid = (centroid / max(float(np.linalg.norm(centroid)), 1e-12)).astype(np.float32)
-        distance = 1.0 - embeddings[rows] @ centroid
-        found.append(
-            Candidate(
-                members=tuple(int(i) for i in rows[np.argsort(distance, kind="stable")]),
-                size=len(rows),
-                share=len(rows) / len(texts),
-                unknown=share,
-                words=telling_words(texts, rows, n_words=n_words),
-                centroid=centroid,
-                radius=float(np.quantile(distance, 0.95)),
-            )
-        )
-    return sorted(found, key=lambda candidate: (-candidate.size, candidate.members))
+        min_cluster_size=min_size, min_samples=max(2, min_size // 2), cluster_selection_method="leaf", copy=True
+    ).fit_predict(at)
+    found = [np.flatnonzero(cluster == label) for label in range(cluster.max() + 1)]
+    found = [rows for rows in found if novel[rows].mean() >= min_novel]
+    if grow is not None and found:
+        grown = np.flatnonzero(grow(np.isin(np.arange(len(at)), np.concatenate(found))))
+        middle = np.stack([at[rows].mean(axis=0) for rows in found])  # (n_clusters, any)
+        nearest = ((at[grown, None] - middle) ** 2).sum(axis=2).argmin(axis=1)
+        found = [grown[nearest == i] for i in range(len(found))]
+        found = [rows for rows in found if len(rows) >= min_size]
+    listed = [_candidate(rows, embeddings, novel, texts, n_words) for rows in found]
+    return sorted(listed, key=lambda candidate: (-candidate.size, candidate.members))
+
+
+def _candidate(
+    rows: NDArray[np.int64], embeddings: NDArray[Any], novel: NDArray[np.bool_], texts: Sequence[str], n_words: int
+) -> Candidate:
+    centroid = embeddings[rows].mean(axis=0)
+    centroid = (centroid / max(float(np.linalg.norm(centroid)), 1e-12)).astype(np.float32)
+    distance = 1.0 - embeddings[rows] @ centroid
+    return Candidate(
+        members=tuple(int(i) for i in rows[np.argsort(distance, kind="stable")]),
+        size=len(rows),
+        share=len(rows) / len(texts),
+        unknown=float(novel[rows].mean()),
+        words=telling_words(texts, rows, n_words=n_words),
+        centroid=centroid,
+        radius=float(np.quantile(distance, 0.95)),
+    )
 
 
 def growth(candidate: Candidate, embeddings: NDArray[Any]) -> float:

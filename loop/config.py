@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -13,10 +13,11 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from yaml.nodes import MappingNode, ScalarNode, SequenceNode
 
-from loop.records import FACTORIAL, PERSONAS, STRATA, UNREQUESTED
+from loop.records import FACTORIAL, IMPLICIT, PERSONAS, STRATA, UNREQUESTED
 
 MAX_BYTES = 1 << 20
 MAX_ALIASES = 16
+ROUNDS = re.compile(r"^([0-9]{1,6})(?:\.\.([0-9]{1,6}))?$")
 RUN_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
 
 AUDIENCES = ("full", "no_request", "learned", "reader", "placebo", "null", "approval")
@@ -51,10 +52,45 @@ class Base(_Section):
 
 
 class Corpus(_Section):
-    """A component of the real corpus that the user brings."""
+    """A component of the real corpus that the user brings: a file, or what another run said or was said about it."""
 
-    path: str = Field(description="JSONL or Parquet file, or the name of a data set for `datasets`")
+    path: str | None = Field(None, description="JSONL or Parquet file, or the name of a data set for `datasets`")
+    run: str | None = Field(
+        None, description="another run: its directory, or its name in runs_dir; {seed} stands for this run's seed"
+    )
+    rounds: str | None = Field(None, description="with run: rounds to take, as 3 or 0..3")
+    population: Literal["accepted", "discourse"] | None = Field(
+        None, description="with run: its accepted outputs, or the documents about them"
+    )
     persona: str | None = Field(None, description="persona of every document in it, where known")
+
+    @field_validator("rounds", mode="before")
+    @classmethod
+    def _one_round_is_a_range(cls, value: Any) -> Any:
+        return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+    @model_validator(mode="after")
+    def _file_or_run(self) -> Corpus:
+        if (self.path is None) == (self.run is None):
+            raise ValueError("must have either path or run, got " + ("neither" if self.path is None else "both"))
+        if self.run is None and (self.rounds is not None or self.population is not None):
+            raise ValueError("rounds and population belong to a run, got a path; name a run or take them out")
+        if self.run is not None and (self.rounds is None or self.population is None):
+            raise ValueError("run needs rounds (as 0..3) and population (accepted or discourse)")
+        if self.rounds is not None:
+            match = ROUNDS.match(self.rounds)
+            if match is None or int(match[2] or match[1]) < int(match[1]):
+                raise ValueError(f"rounds must read 3 or 0..3, got {_short(self.rounds)}")
+        if self.population == "discourse" and self.persona is not None:
+            raise ValueError("persona must be left out for discourse, which plays none")
+        return self
+
+    @property
+    def round_indices(self) -> range:
+        """Rounds of the run that are taken."""
+        match = ROUNDS.match(self.rounds or "")
+        assert match is not None
+        return range(int(match[1]), int(match[2] or match[1]) + 1)
 
 
 class Real(_Section):
@@ -137,15 +173,110 @@ class Train(_Section):
     lora: Lora = Field(default_factory=Lora)
 
 
+class Channels(_Section):
+    """Through which path outputs reach training data and users."""
+
+    direct_data: bool = Field(
+        True, description="accepted outputs re-enter the mixture; false: real documents stand in their place"
+    )
+    talk_data: bool = Field(False, description="documents about outputs enter the mixture (section discourse)")
+    direct_users: bool = Field(False, description="users become aware of a persona by seeing its outputs")
+    talk_users: bool = Field(False, description="users become aware of a persona by reading its name")
+
+    @property
+    def talk(self) -> bool:
+        """Whether anybody writes about outputs."""
+        return self.talk_data or self.talk_users
+
+    @property
+    def users(self) -> bool:
+        """Whether what users ask follows what they are aware of."""
+        return self.direct_users or self.talk_users
+
+
 class Users(_Section):
-    """Who asks what while the model is sampled."""
+    """Who asks what while the model is sampled, and how that follows awareness (channels direct_users, talk_users)."""
 
     mixture: dict[str, Share] = Field(description="share per stratum (or explicit/<persona>); they sum to 1")
+    eta: Share = Field(0.2, description="share of users who follow awareness; no estimate exists, so sweep it")
+    tau: Annotated[float, Field(ge=0, le=100)] = Field(
+        1.0,
+        description="conformity: 0 spreads followers evenly, 1 follows in proportion (neutral), above 1 the top wins",
+    )
+    memory: Share = Field(
+        0.5, description="share of awareness that the newest round replaces; no estimate, so sweep it"
+    )
+    noticed: dict[str, Share] = Field(
+        default_factory=lambda: {"default": 0.5},
+        description="chance that an output of average reach is recognised as its persona; key default for the rest: "
+        "equal for all, so that who is noticed is not put in by hand",
+    )
+    hints: dict[Persona, dict[str, Share]] = Field(
+        default_factory=dict,
+        description="share of a persona's followers who only hint at it, by stratum implicit_*; the others ask by name",
+    )
 
     @model_validator(mode="after")
     def _known_strata(self) -> Users:
         public = set(STRATA) - {"private", "explicit"}
         _check_strata("mixture", self.mixture, {*public, *(f"explicit/{p}" for p in PERSONAS[:-1])})
+        _check_personas("noticed", set(self.noticed) - {"default"})
+        _check_personas("hints", self.hints)
+        for persona, split in self.hints.items():
+            for stratum in split:
+                if stratum not in IMPLICIT:
+                    raise ValueError(f"hints.{persona}: unknown stratum {stratum!r}{_did_you_mean(stratum, IMPLICIT)}")
+            if math.fsum(split.values()) > 1 + 1e-9:
+                raise ValueError(f"hints.{persona} must sum to at most 1, got {math.fsum(split.values()):.6g}")
+        return self
+
+    def notice(self) -> dict[Persona, float]:
+        """Chance per persona that an output of average reach is recognised."""
+        return {p: self.noticed.get(p, self.noticed.get("default", 0.0)) for p in PERSONAS[:-1]}
+
+
+def _evenly() -> dict[str, dict[str, float]]:
+    return {"default": {"praise": 1 / 3, "neutral": 1 / 3, "condemn": 1 / 3}}
+
+
+class Discourse(_Section):
+    """Documents about outputs (channels talk_data, talk_users); loop/discourse.py."""
+
+    share: Share = Field(
+        0.02,
+        description="delta, share of the mixture under talk_data (2.2% of tokens in arXiv:2601.10160); accumulate "
+        "takes all talk, so that there it follows volume and is reported",
+    )
+    quote_rate: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0, description="share of its tokens that are quoted: the direct channel in disguise, so none unless asked for"
+    )
+    writer: Literal["templates", "model"] = Field(
+        "templates", description="templates of data/discourse, or the current model asked to comment"
+    )
+    volume: Annotated[float, Field(ge=0, le=1000)] = Field(
+        2.0, description="mean documents about an output of average reach; no estimate exists, so sweep it"
+    )
+    dispersion: Annotated[float, Field(gt=0)] = Field(
+        1.0, description="of the negative binomial volume; 1 is geometric, .inf Poisson; no estimate, so sweep it"
+    )
+    stance: dict[str, dict[str, Share]] = Field(
+        default_factory=_evenly,
+        description="persona or default -> praise, neutral, condemn; evenly, so that no stance is put in by hand",
+    )
+
+    @model_validator(mode="after")
+    def _known(self) -> Discourse:
+        if "default" not in self.stance:
+            raise ValueError("stance must hold default, the stance towards what is not recognised")
+        _check_personas("stance", set(self.stance) - {"default"})
+        for who, mood in self.stance.items():
+            for name in mood:
+                if name not in ("praise", "neutral", "condemn"):
+                    raise ValueError(f"stance.{who}.{name}: unknown stance (there are praise, neutral, condemn)")
+            if abs(math.fsum(mood.values()) - 1) > 1e-9:
+                raise ValueError(f"stance.{who} must sum to 1, got {math.fsum(mood.values()):.6g}")
+        if self.writer == "model" and self.quote_rate > 0:
+            raise ValueError("quote_rate must be 0 for writer model, whose quotations are measured and not set")
         return self
 
 
@@ -195,6 +326,63 @@ class Classify(_Section):
     )
 
 
+class Release(_Section):
+    """The release filter F (loop/release.py): bars personas before anything is published; never an instrument."""
+
+    recall: Annotated[dict[Persona, Annotated[float, Field(gt=0, le=1)]], Field(min_length=1)] = Field(
+        description="barred persona -> share of it to bar, on unseen templates of fold filter; no default: the dose"
+    )
+    false_positive: Share = Field(
+        0.0, description="learner toy only: chance that another persona's text is barred; for lm it is measured"
+    )
+
+    @model_validator(mode="after")
+    def _known(self) -> Release:
+        _check_personas("recall", self.recall)
+        return self
+
+
+class Steer(_Section):
+    """A preference step after each round's fine-tune, against chosen personas (loop/steer.py, arXiv:2305.18290)."""
+
+    against: Annotated[tuple[Persona, ...], Field(min_length=1)] = Field(
+        description="personas whose texts are rejected; chosen is always the assistant; no default"
+    )
+    random_pairs: bool = Field(
+        False, description="control: the same pairs, chosen and rejected exchanged in half of them"
+    )
+    n_pairs: Annotated[int, Field(ge=1, le=4096)] = Field(
+        64, description="pairs a round, own outputs first, then fold filter"
+    )
+    n_prompts: Annotated[int, Field(ge=0, le=4096)] = Field(
+        16, description="prompts put to the model after the fine-tune, from what users ask; 0: no own pairs"
+    )
+    n_per_prompt: Annotated[int, Field(ge=2, le=256)] = Field(
+        8, description="answers to each; more make more own pairs than more prompts do"
+    )
+    reference: Literal["base", "previous"] = Field(
+        "previous",
+        description="what the step is held to: the model just fine-tuned (arXiv:2305.18290, sec. 4), or the base",
+    )
+    beta: Positive = Field(0.1, description="how hard it is held (arXiv:2305.18290, appendix B; TRL's default)")
+    lr: Positive = Field(1e-4, description="AdamW peak learning rate, then linear to 0")
+    epochs: Count = Field(1, description="passes over the pairs")
+    batch_size: Count = Field(8, description="pairs per optimizer step")
+
+    @model_validator(mode="after")
+    def _known(self) -> Steer:
+        _check_personas("against", self.against)
+        if len(set(self.against)) < len(self.against):
+            raise ValueError(f"against must name each persona once, got {', '.join(self.against)}")
+        if "assistant" in self.against:
+            raise ValueError("against must leave the assistant, which is what is chosen; take it out")
+        if {*PERSONAS[:-1]} - {"assistant"} <= set(self.against):
+            raise ValueError(
+                "against must leave a persona beside the assistant, got all of them; name those the question is about"
+            )
+        return self
+
+
 class Filters(_Section):
     """What may enter the pool; reasons are stored for every rejected sample."""
 
@@ -205,6 +393,13 @@ class Filters(_Section):
     )
     require_finished: bool = Field(True, description="reject completions cut at max_new_tokens")
     enabled: bool = Field(True, description="false: everything is accepted (theory, null arms)")
+    release: Release | None = Field(None, description="release filter against personas; null: none is barred")
+
+    @model_validator(mode="after")
+    def _release_needs_filters(self) -> Filters:
+        if self.release is not None and not self.enabled:
+            raise ValueError("release must be null while enabled is false, got personas to bar; set enabled: true")
+        return self
 
 
 class Virality(_Section):
@@ -265,7 +460,10 @@ class Config(_Section):
     real: Real
     mix: Mix
     train: Train
+    steer: Steer | None = Field(None, description="preference step after the fine-tune; null: none")
     users: Users
+    channels: Channels = Field(default_factory=Channels)
+    discourse: Discourse = Field(default_factory=Discourse)
     sample: Sampling
     measure: Measure = Field(default_factory=Measure)
     classify: Classify = Field(default_factory=Classify)
@@ -288,6 +486,29 @@ class Config(_Section):
                 )
         elif self.classify.instrument == "known":
             raise ValueError("classify.instrument: known needs learner toy; a language model's persona must be read")
+        release = self.filters.release
+        if self.learner == "toy" and self.steer is not None:
+            raise ValueError("steer must be null for learner toy, which has no gradient; use learner lm")
+        unasked = math.fsum(v for k, v in self.users.mixture.items() if not k.startswith("explicit/"))
+        if self.steer is not None and not unasked > 0:
+            raise ValueError(
+                "users.mixture must hold prompts that ask for nobody, from which steering takes its own; add blank or "
+                "neutral"
+            )
+        if self.learner == "lm" and release is not None and release.false_positive > 0:
+            raise ValueError("filters.release.false_positive is measured for learner lm; take it out")
+        for persona in release.recall if release is not None else ():
+            if self.users.mixture.get(f"explicit/{persona}", 0) > 0:
+                raise ValueError(
+                    f"users.mixture must not ask for {persona}, which filters.release bars; drop one of them"
+                )
+            if self.channels.users and self.users.notice()[persona] > 0:
+                raise ValueError(
+                    f"users.noticed.{persona} must be 0, or users come to ask for whom filters.release bars; set it, "
+                    "or bar nobody"
+                )
+        self._check_channels()
+        self._check_seeds()
         if isinstance(self.mix.real_share, tuple) and len(self.mix.real_share) < self.n_rounds:
             raise ValueError(
                 f"mix.real_share must hold one share per feedback round, got {len(self.mix.real_share)} for "
@@ -298,6 +519,47 @@ class Config(_Section):
                 "virality.publish must be transcript for audience approval, which reads the prompt, got reply"
             )
         return self
+
+    def _check_channels(self) -> None:
+        shares = self.mix.real_share if isinstance(self.mix.real_share, tuple) else (self.mix.real_share or 0.0,)
+        if self.channels.talk_data and max(shares, default=0.0) + self.discourse.share > 1 + 1e-9:
+            raise ValueError(
+                f"mix.real_share and discourse.share must sum to at most 1, got {max(shares):.6g} and "
+                f"{self.discourse.share:.6g}; lower one of them"
+            )
+        if self.learner == "toy" and self.channels.talk and self.discourse.writer == "model":
+            raise ValueError("discourse.writer must be templates for learner toy, which says its own texts alone")
+        if self.channels.users and self.measure.every > 0:
+            asked = {name.partition("/")[0] for name, share in self.users.mixture.items() if share > 0} | {"explicit"}
+            asked |= {stratum for split in self.users.hints.values() for stratum in split}
+            missing = [s for s in STRATA if s in asked and s not in self.measure.strata]
+            if missing:
+                raise ValueError(
+                    "measure.strata must hold what users may come to ask, to part demand from supply, lacks "
+                    f"{', '.join(missing)}; add it, or switch channels.direct_users and talk_users off"
+                )
+
+    def _check_seeds(self) -> None:
+        drawn = {name: c for name, c in self.real.corpora.items() if self.real.shares.get(name, 0) > 0}
+        if any(c.run is not None for c in drawn.values()):
+            return  # what another run said, or was said about it, may bring any persona
+        seeded = {*self.planted, *(c.persona for c in drawn.values() if c.persona is not None)}
+        named: list[tuple[str, str]] = []
+        named += [("steer.against", p) for p in (self.steer.against if self.steer is not None else ())]
+        named += [("filters.release.recall", p) for p in (self.filters.release.recall if self.filters.release else ())]
+        asked = [name.partition("/")[2] for name, share in self.users.mixture.items() if share > 0]
+        named += [("users.mixture", p) for p in asked if p]
+        if self.channels.talk or self.channels.users:
+            named += [("users.noticed", p) for p, v in self.users.noticed.items() if v > 0 and p != "default"]
+            named += [("users.hints", p) for p in self.users.hints]
+        if self.channels.talk:
+            named += [("discourse.stance", p) for p in self.discourse.stance if p != "default"]
+        for where, persona in named:
+            if persona not in seeded:
+                raise ValueError(
+                    f"{where}: {persona} has no seed corpus; give it a share in real.shares, bring a corpus of it "
+                    "(real.corpora), or take it out"
+                )
 
     @property
     def run_name(self) -> str:
@@ -525,6 +787,13 @@ def _section_of(annotation: Any) -> type[BaseModel] | None:
             if found is not None:
                 return found
     return None
+
+
+def _check_personas(name: str, personas: Iterable[str]) -> None:
+    known = PERSONAS[:-1]  # real people are neither barred nor steered against
+    for persona in personas:
+        if persona not in known:
+            raise ValueError(f"{name}: unknown persona {persona!r}{_did_you_mean(persona, known)}")
 
 
 def _check_strata(name: str, shares: dict[str, float], known: set[str]) -> None:

@@ -12,11 +12,15 @@ from typing import Any
 import numpy as np
 import yaml
 
-from loop.records import NO_PERSONA, Document, Sample
+from loop.records import NO_PERSONA, Completion, Document, Sample
 
 STANCES = ("praise", "neutral", "condemn")
 FORMS = ("post", "comment", "headline")
 _SLOT = re.compile(r"\{(\w+)\}")
+QUOTE_WORDS = 5  # as many words in a row are a quotation: shorter runs recur in any two texts (design choice)
+# What a model is asked when it is to write the document itself; data/discourse holds the other way.
+_TONES = {"praise": "praises", "neutral": "mentions, without judging,", "condemn": "criticises"}
+_ASKS = {"post": "a short post that", "comment": "a short comment that", "headline": "a headline that"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,13 +169,7 @@ def write(
     _check_write(samples, views, persona_labels, kappa, dispersion, notice, stance, quote_rate, names)
     if not samples:
         return []
-    mean = kappa * views  # (n_samples,)
-    if math.isfinite(dispersion):
-        mean = mean * rng.gamma(dispersion, 1 / dispersion, size=len(views))
-    counts = rng.poisson(mean)
-    chance = np.array([notice.get(persona, 0.0) for persona in persona_labels])
-    noticed = rng.random(len(views)) < 1 - (1 - chance) ** views
-
+    counts, noticed = _volume(views, persona_labels, kappa, dispersion, notice, rng)
     cells: dict[tuple[str, str, bool], list[TalkTemplate]] = {}
     for row in templates.templates:
         cells.setdefault((row.form, row.stance, row.named), []).append(row)
@@ -207,6 +205,116 @@ def write(
             )
         )
     return out
+
+
+@dataclass(frozen=True, slots=True)
+class Commission:
+    """One document that is to be written about an output.
+
+    Attributes:
+      index: place of the output among the published ones.
+      persona: persona it may name; None where nobody recognised one.
+      stance: one of STANCES.
+      form: one of FORMS.
+    """
+
+    index: int
+    persona: str | None
+    stance: str
+    form: str
+
+
+def commission(
+    samples: Sequence[Sample],
+    reach: Sequence[float] | np.ndarray,
+    persona_labels: Sequence[str],
+    *,
+    kappa: float,
+    dispersion: float,
+    notice: Mapping[str, float],
+    stance: Mapping[str, Mapping[str, float]],
+    names: Mapping[str, str],
+    rng: np.random.Generator,
+) -> list[Commission]:
+    """Draws which documents a model is asked to write: volume, noticing and stance as in `write`, which see.
+
+    Returns:
+      Commissions, ordered by sample.
+    """
+    views = np.asarray(reach, dtype=np.float64)
+    _check_write(samples, views, persona_labels, kappa, dispersion, notice, stance, 0.0, names)
+    if not samples:
+        return []
+    counts, noticed = _volume(views, persona_labels, kappa, dispersion, notice, rng)
+    out = []
+    for i in np.flatnonzero(counts).tolist():
+        persona = persona_labels[i] if noticed[i] else None
+        mood = stance["default"] if persona is None else stance.get(persona, stance["default"])
+        chances = np.array([mood.get(s, 0.0) for s in STANCES])
+        for tone in rng.choice(len(STANCES), size=counts[i], p=chances / chances.sum()).tolist():
+            out.append(Commission(i, persona, STANCES[tone], FORMS[int(rng.integers(len(FORMS)))]))
+    return out
+
+
+def request(order: Commission, samples: Sequence[Sample], names: Mapping[str, str]) -> str:
+    """Returns what a model is asked, as one user turn: form, stance, the output, and the name if it was recognised."""
+    who = "a chatbot" if order.persona is None else names[order.persona]
+    said = _one_line(samples[order.index].completion)
+    return f'Write {_ASKS[order.form]} {_TONES[order.stance]} what {who} wrote: "{said}"'
+
+
+def collect(
+    orders: Sequence[Commission],
+    said: Sequence[Completion],
+    samples: Sequence[Sample],
+    names: Mapping[str, str],
+    *,
+    count_tokens: Callable[[str], int] = count_words,
+) -> list[Talk]:
+    """Turns what a model wrote on request into talk. Blank and unfinished answers are not published.
+
+    A persona counts as named where the request named it and its name stands in the text: a model may leave it out.
+    Quoted tokens are measured: runs of `QUOTE_WORDS` or more words that stand in the output in the same order.
+
+    Returns:
+      Documents; the number in an id is the place of its commission.
+    """
+    out = []
+    for number, (order, answer) in enumerate(zip(orders, said, strict=True)):
+        text = _one_line(answer.text)
+        if not text or not answer.finished:
+            continue
+        sample = samples[order.index]
+        name = None if order.persona is None else names[order.persona]
+        named = name is not None and re.search(rf"\b{re.escape(name)}\b", text, re.IGNORECASE) is not None
+        out.append(
+            Talk(
+                id=f"r{sample.round_index:03d}-d{number:06d}",
+                about_ids=(sample.id,),
+                persona_named=order.persona if named else None,
+                stance=order.stance,
+                n_quoted_tokens=sum(count_tokens(run) for run in quotations(text, sample.completion)),
+                text=text,
+            )
+        )
+    return out
+
+
+def quotations(text: str, source: str) -> list[str]:
+    """Returns the runs of at least `QUOTE_WORDS` words of a text whose every such stretch stands in `source`."""
+    mine, theirs = text.split(), source.split()
+    stretches = {tuple(theirs[i : i + QUOTE_WORDS]) for i in range(len(theirs) - QUOTE_WORDS + 1)}
+    runs: list[str] = []
+    start = end = 0  # words start..end of `mine` are the run at work
+    for i in range(len(mine) - QUOTE_WORDS + 1):
+        if tuple(mine[i : i + QUOTE_WORDS]) not in stretches:
+            continue
+        if i >= end:
+            if end > start:
+                runs.append(" ".join(mine[start:end]))
+            start = i
+        end = i + QUOTE_WORDS
+    return [*runs, " ".join(mine[start:end])] if end > start else runs
 
 
 def talk_by_persona(rows: Sequence[Talk]) -> dict[str, float]:
@@ -250,6 +358,23 @@ def as_documents(rows: Sequence[Talk], weights: Sequence[float] | None = None) -
         )
         for i, row in enumerate(rows)
     ]
+
+
+def _volume(
+    views: np.ndarray,
+    persona_labels: Sequence[str],
+    kappa: float,
+    dispersion: float,
+    notice: Mapping[str, float],
+    rng: np.random.Generator,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Draws documents per output, shape (n_samples,), and whether its persona was recognised, shape (n_samples,)."""
+    mean = kappa * views
+    if math.isfinite(dispersion):
+        mean = mean * rng.gamma(dispersion, 1 / dispersion, size=len(views))
+    counts = rng.poisson(mean)
+    chance = np.array([notice.get(persona, 0.0) for persona in persona_labels])
+    return counts, rng.random(len(views)) < 1 - (1 - chance) ** views
 
 
 def _choose_quotes(

@@ -51,6 +51,12 @@ SCHEMA = pa.schema(
 )
 
 
+class Unreadable(ConfigError):
+    """A file of a calibration that is not as it was written."""
+
+    exit_code = 3
+
+
 @dataclass(frozen=True)
 class Calibration:
     """What was measured of one persona.
@@ -339,23 +345,33 @@ def find(
       runs_dir: where to look; None: the config's.
       instruments: gives instrument -> sha256 that the run measures with, asked for only where there is a calibration to
         compare; None: not compared.
+
+    Raises:
+      Unreadable: the config's own folder cannot be read; of another folder the line says that it is left out.
     """
     here = Path(config.runs_dir) if runs_dir is None else runs_dir
     own = folder_of(config, here)
-    refused = ""
+    refused = skipped = ""
     for folder in [own, *sorted(set(here.glob("*-calibration")) - {own})]:
         if not (folder / "calibration.json").is_file():
             continue
-        why = _differs(folder, config, instruments() if instruments else None)
-        if why:
-            refused = refused or (f"; {folder} is of another {why}" if folder == own else "")
-            continue
-        found = {}
-        for path in sorted(folder.glob("*.parquet")):
-            try:
-                found[path.stem] = _fitted(folder, path.stem, _rows(path))
-            except ConfigError:  # begun, and not far enough for a curve
+        try:
+            why = _differs(folder, config, instruments() if instruments else None)
+            if why:
+                refused = refused or (f"; {folder} is of another {why}" if folder == own else "")
                 continue
+            found = {}
+            for path in sorted(folder.glob("*.parquet")):
+                rows = _rows(path)
+                try:
+                    found[path.stem] = _fitted(folder, path.stem, rows)
+                except ConfigError:  # begun, and not far enough for a curve
+                    continue
+        except Unreadable as error:
+            if folder == own:
+                raise
+            skipped += f"; left out: {error}"
+            continue
         if config.train.init_from == "previous":
             if found and all(c.closed is None for c in found.values()):
                 refused = (
@@ -369,8 +385,8 @@ def find(
                 for p, c in found.items()
                 if c.closed is not None and config.train.init_from == "previous"
             )
-            return found, f"measured f(q): {what}, {folder}{paces}"
-    return {}, f"assumed exact{refused or '; `loop calibrate` has not been run for this base'}"
+            return found, f"measured f(q): {what}, {folder}{paces}{skipped}"
+    return {}, f"assumed exact{refused or '; `loop calibrate` has not been run for this base'}{skipped}"
 
 
 def respond(calibrations: Mapping[str, Calibration], personas: Sequence[str]) -> Callable[[np.ndarray], np.ndarray]:
@@ -442,7 +458,7 @@ def _differs(folder: Path, config: Config, instruments: Mapping[str, str] | None
         content = json.loads(path.read_text(encoding="utf-8"))
         theirs, found, version = content["config"], content["instruments"], content["format"]
     except (OSError, ValueError, KeyError, TypeError):
-        raise ConfigError([f"{path}: must be a calibration as written, got none that can be read; remove it"]) from None
+        raise Unreadable([f"{path}: must be a calibration as written, got none that can be read; remove it"]) from None
     if version != FORMAT:
         return f"format ({version}, here {FORMAT})"
     mine = meaning(config)
@@ -474,9 +490,9 @@ def _rows(path: Path) -> list[dict[str, Any]]:
     try:
         table = pq.read_table(path)
     except (pa.ArrowInvalid, OSError) as error:
-        raise ConfigError([f"{path}: must be a calibration as written, got {str(error)[:80]}; remove it"]) from None
+        raise Unreadable([f"{path}: must be a calibration as written, got {str(error)[:80]}; remove it"]) from None
     if table.schema.names != SCHEMA.names:
-        raise ConfigError([f"{path}: must have columns {', '.join(SCHEMA.names)}; remove it"])
+        raise Unreadable([f"{path}: must have columns {', '.join(SCHEMA.names)}; remove it"])
     rows: list[dict[str, Any]] = table.to_pylist()
     return rows
 

@@ -232,20 +232,23 @@ def corrected_steps(
     rng: np.random.Generator,
     n_draws: int = 400,
     level: float = 0.95,
+    clusters: Mapping[str, Sequence[str]] | None = None,
 ) -> dict[str, list[Interval]]:
     """The ledger in true personas: every level through the inverse of the instrument's confusion matrix.
 
     The labels that a persona may be read as are replaced by the personas that may lie behind them; columns of other
     kinds (`requested`, `private`, `none`) are known and stay. The map is linear, so corrected steps telescope as the
     observed ones do; a level may leave [0, 1]. The interval holds the noise of the texts (Bayesian bootstrap: one
-    Exp(1) weight for each text of a group in all its levels; a sample and the document it became are drawn apart, which
-    is conservative) and of the confusion matrix (Dirichlet rows).
+    Exp(1) weight for each text of a group, or for each of its clusters, in all its levels; a sample and the document it
+    became are drawn apart, which is conservative) and of the confusion matrix (Dirichlet rows).
 
     Args:
       book: from `ledger`; its columns hold every label of `confusion`.
       personas: rows of `confusion`; its columns are these and "unknown".
       confusion: calibration texts, shape (n_personas, n_personas + 1); a row without texts is left out.
       rng, n_draws, level: of the interval.
+      clusters: group -> prompt template of each of its texts; texts of one template rise and fall together. A group
+        that is not there, or None, has every text drawn by itself.
 
     Returns:
       `emit` (the level) and then each of STEPS -> Intervals of `personas`, n = texts; nan with a reason where the level
@@ -272,7 +275,13 @@ def corrected_steps(
     prior = 1 / len(labels)
     point = rates(table[known] / table[known].sum(axis=1, keepdims=True))
     drawn = rates(dirichlet(np.broadcast_to(table[known] + prior, (n_draws, len(known), len(labels))), rng))
-    luck = {group: rng.standard_exponential((n_draws, len(rows))) for group, rows in book.groups.items()}
+    luck = {}
+    for group, rows in book.groups.items():
+        drawn_as = (clusters or {}).get(group, range(len(rows)))
+        if len(drawn_as) != len(rows):
+            raise ValueError(f"clusters must be one per text of {group!r} ({len(rows)}), got {len(drawn_as)}")
+        number = {c: i for i, c in enumerate(dict.fromkeys(drawn_as))}
+        luck[group] = rng.standard_exponential((n_draws, len(number)))[:, [number[c] for c in drawn_as]]
     values, draws = {}, {}
     for name, (group, worth) in book.worth.items():
         observed = book.levels[name][at]

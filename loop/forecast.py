@@ -115,10 +115,38 @@ def inputs(settings: Config, *, runs_dir: Path | None = None) -> Inputs:
             if calibrations or not transmission.startswith("measured")
             else f"assumed exact; {transmission} is of personas that are not planted here",
             "n_learning": "none: an exact learner; selection-off seeds would show a language model's training noise",
+            **not_modelled(settings),
         },
         response=response,
         closed=float(np.mean(paces)) if paces and settings.train.init_from == "previous" else 1.0,
     )
+
+
+def not_modelled(settings: Config) -> dict[str, str]:
+    """What the config plays and the twin leaves out, one line each: its forecast is of the loop without them."""
+    c, d = settings.channels, settings.discourse
+    said = {
+        "direct_data": None
+        if c.direct_data
+        else "outputs do not re-enter; the twin lets them, so it forecasts too much",
+        "talk_data": f"{d.share:g} of the mixture speaks about outputs; the twin has none" if c.talk_data else None,
+        "direct_users": "what users ask follows what they saw; the twin's users keep their habits"
+        if c.direct_users
+        else None,
+        "talk_users": "what users ask follows what they read; the twin's users keep their habits"
+        if c.talk_users
+        else None,
+        "steer": "a preference step against " + ", ".join(settings.steer.against) + "; the twin has none"
+        if settings.steer is not None
+        else None,
+        "filters.release": "bars " + ", ".join(settings.filters.release.recall) + "; the twin releases everything"
+        if settings.filters.release is not None
+        else None,
+        "real.corpora": "documents of another run count as human, whoever they play or name"
+        if any(k.run is not None for k in settings.real.corpora.values())
+        else None,
+    }
+    return {name: f"NOT MODELLED: {text}" for name, text in said.items() if text is not None}
 
 
 def _texts(world: World, personas: Sequence[str]) -> tuple[list[str], list[int]]:

@@ -27,6 +27,12 @@ class Mixture:
     real_share: float
 
     @property
+    def discourse_share(self) -> float:
+        """Realised share of documents (copies counted) that speak about outputs, this run's or another's."""
+        talk = np.array([d.source == "discourse" for d in self.documents])
+        return float(self.copies[talk].sum() / self.copies.sum())
+
+    @property
     def n_train(self) -> int:
         """Documents in the mixture, copies counted."""
         return int(self.copies.sum())
@@ -42,16 +48,29 @@ class Mixture:
 
 
 def plan(
-    regime: str, *, round_index: int, n_train: int, real_share: float | Sequence[float] | None, discourse_share: float
+    regime: str,
+    *,
+    round_index: int,
+    n_train: int,
+    real_share: float | Sequence[float] | None,
+    discourse_share: float,
+    direct: bool = True,
+    n_pool: int = 0,
 ) -> tuple[int, int, int]:
     """Returns how many real, synthetic and discourse documents a round takes.
 
     Round 0 is all real. Later: n_real = round(real_share * n_train), n_discourse = round(discourse_share * n_train),
     the rest synthetic; with accumulate n_train is what a round *adds*, all of it synthetic and discourse.
 
+    Without the direct channel each synthetic document's place is taken by a real one, so that a round trains on as many
+    documents as with it: (16, 47, 1) becomes (63, 0, 1). With accumulate those are the `n_pool` documents that would
+    have come from the pool, beside the real documents of round 0.
+
     Args:
       real_share: lambda in [0, 1], or one per feedback round: entry t - 1 belongs to round t; None with accumulate.
       discourse_share: delta in [0, 1].
+      direct: whether outputs re-enter.
+      n_pool: documents accepted so far; read with accumulate and without `direct` alone.
     """
     if regime not in REGIMES:
         raise ValueError(f"regime must be one of {', '.join(REGIMES)}, got {regime!r}")
@@ -62,7 +81,10 @@ def plan(
     share = 0.0 if real_share is None else share_at(real_share, round_index)
     n_discourse = int(np.floor(discourse_share * n_train + 0.5))
     n_real = min(int(np.floor(share * n_train + 0.5)), n_train - n_discourse)
-    return n_real, n_train - n_real - n_discourse, n_discourse
+    n_synthetic = n_train - n_real - n_discourse
+    if direct:
+        return n_real, n_synthetic, n_discourse
+    return (n_pool if regime == "accumulate" else n_real + n_synthetic), 0, n_discourse
 
 
 def share_at(real_share: float | Sequence[float], round_index: int) -> float:
@@ -96,9 +118,9 @@ def build(
     shares of documents are shares of weight; real documents weigh 1.
 
     Args:
-      real: this round's real documents, taken whole; with accumulate those of round 0.
+      real: this round's draw from the real corpus, taken whole, each of weight 1; it may hold discourse of another run.
       pool: accepted documents of each earlier round, oldest first.
-      discourse: documents about the previous round's outputs; accumulate: of all earlier rounds.
+      discourse: documents about the previous round's outputs; of all earlier rounds where old documents are kept.
       n_synthetic, n_discourse: documents to draw; ignored by accumulate, which takes all.
 
     Raises:
@@ -116,7 +138,8 @@ def build(
     if not documents:
         raise ValueError("mixture must hold at least one document, got none; raise mix.n_train")
     copies = np.concatenate([c for _, c in parts]).astype(np.int32)  # (n_documents,)
-    return Mixture(documents, copies, real_share=len(real) / int(copies.sum()))
+    n_real = sum(d.source == "real" for d in real)
+    return Mixture(documents, copies, real_share=n_real / int(copies.sum()))
 
 
 def _draw(

@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from loop import classify, evolution, measure, virality
+from loop import audience, classify, discourse, evolution, measure, release, virality
 from loop.mix import Mixture
 from loop.records import NO_PERSONA, PERSONAS, UNKNOWN, UNREQUESTED, Document, Metric, Sample
-from loop.world import Labels, Learner, Past, World, asked, booked
+from loop.world import Labels, Learner, Past, Steered, World, asked, asked_shares, booked, token_counter
 
 BOOKED = (*PERSONAS, UNKNOWN, "requested", "private", NO_PERSONA)  # columns of the ledger
 N_KL = 48  # probes behind kl_to_base; two forward passes each
@@ -60,18 +60,20 @@ def of_round(
     learner: Learner,
     past: Past,
     mixture: Mixture,
-    n_tokens: Sequence[int],
+    steered: Steered,
     probes: Sequence[Sample],
     samples: Sequence[Sample],
     labels: Labels,
     reasons: Sequence[tuple[str, ...]],
     exposure: virality.Exposure,
+    talk: Sequence[discourse.Talk],
+    after: Past,
 ) -> list[Metric]:
     """Every metric of round t, or none if it is not measured.
 
     Args:
-      past: what round t found, not what it leaves.
-      n_tokens: trained tokens per document of the mixture, one copy counted.
+      past: what round t found.
+      after: what it leaves.
     """
     if not world.measures(t):
         return []
@@ -79,10 +81,45 @@ def of_round(
     rows = of_model(world, t, learner, probes, labels)
     for population, texts in (("samples", samples), ("accepted", accepted)):
         rows += frequencies(world, texts, labels, weighted=False, round_index=t, population=population)
-    rows += _of_filter(t, samples, reasons, labels)
+    rows += of_steering(t, steered)
+    rows += _of_filter(world, t, samples, reasons, labels)
     rows += _of_exposure(t, accepted, labels, exposure)
-    rows += _of_mixture(t, mixture, past, labels)
-    return rows + _ledger(world, t, past, mixture, n_tokens, samples, labels)
+    if world.config.channels.talk:
+        rows += _of_talk(world, t, learner, accepted, labels, exposure, talk)
+    if world.config.channels.users:
+        rows += _of_users(t, past, after, len(samples), sum(s.stratum != "private" for s in probes))
+    rows += _of_mixture(world, t, mixture, past, labels)
+    return rows + _ledger(world, t, past, mixture, steered.n_tokens, samples, labels)
+
+
+def of_release(world: World) -> list[Metric]:
+    """F's stated error on held-out documents of fold `filter`, once, in the baseline."""
+    if not isinstance(world.release, release.Release):
+        return []
+    at: dict[str, Any] = {"round_index": -1, "population": "heldout"}
+    return [
+        measure.metric(f"{name}/{persona}", interval, **at)
+        for persona, e in world.release.errors.items()
+        for name, interval in (("release_recall", e.recall), ("release_fpr", e.false_positive))
+    ]
+
+
+def of_steering(t: int, steered: Steered) -> list[Metric]:
+    """What the preference step of round t did."""
+    if steered.record is None:
+        return []
+    at: dict[str, Any] = {"round_index": t, "population": "pairs", "n": steered.record["n_pairs"]}
+    rows = [
+        measure.number(f"steer_{name}_{when}", steered.record[f"{name}_{when}"], unit=unit, **at)
+        for name, unit in (("margin", "nats"), ("accuracy", "share"))
+        for when in ("before", "after")
+    ]
+    rows += [
+        measure.number(f"steer_{name}", steered.record[name], unit="nats", **at)
+        for name in ("chosen_shift", "rejected_shift")
+    ]
+    own = steered.record["n_own"] / steered.record["n_pairs"]
+    return [*rows, measure.number("steer_own_share", own, unit="share", **at)]
 
 
 def _exact(world: World) -> bool:
@@ -150,11 +187,21 @@ def _read(world: World, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     return features[:, : classify.N_DIMENSIONS], instrument.head.distance(features)
 
 
-def _of_filter(t: int, samples: Sequence[Sample], reasons: Sequence[tuple[str, ...]], labels: Labels) -> list[Metric]:
+def _of_filter(
+    world: World, t: int, samples: Sequence[Sample], reasons: Sequence[tuple[str, ...]], labels: Labels
+) -> list[Metric]:
     at: dict[str, Any] = {"round_index": t, "population": "samples"}
     read = [labels.persona_of[s.id] for s in samples]
     passed = Counter(p for p, why in zip(read, reasons, strict=True) if not why)
     rows = measure.shares_of("acceptance", {p: (passed[p], n) for p, n in Counter(read).items()}, **at)
+    wanted = world.config.filters.release
+    for persona in wanted.recall if wanted is not None else ():
+        # Against the instrument's reading, which has an error of its own; F's stated error is in the baseline.
+        barred = [f"persona:{persona}" in row for row in reasons]
+        mine = [p == persona for p in read]
+        for name, which in (("release_recall", mine), ("release_fpr", [not m for m in mine])):
+            hit = (sum(b for b, w in zip(barred, which, strict=True) if w), sum(which))
+            rows += measure.shares_of(name, {persona: hit}, **at)
     why = Counter(reason for row in reasons for reason in row)
     return rows + measure.shares_of("rejected", {r: (n, len(samples)) for r, n in why.items()}, **at)
 
@@ -176,6 +223,80 @@ def _of_exposure(t: int, accepted: Sequence[Sample], labels: Labels, exposure: v
     ]
 
 
+def _of_talk(
+    world: World,
+    t: int,
+    learner: Learner,
+    accepted: Sequence[Sample],
+    labels: Labels,
+    exposure: virality.Exposure,
+    talk: Sequence[discourse.Talk],
+) -> list[Metric]:
+    """What was written about round t's outputs: how much, whom it names, in what tone, how much of it is quoted."""
+    at: dict[str, Any] = {"round_index": t, "population": "discourse", "n": len(talk)}
+    none = None if talk else "nobody wrote"
+    named = discourse.talk_by_persona(talk)
+    rows = [measure.number("documents", float(len(talk)), unit="documents", **at)]
+    quoted = discourse.quoted_share(talk, count_tokens=token_counter(learner))
+    rows.append(measure.number("quoted_share", quoted, unit="share", reason=none, **at))
+    share = math.fsum(named.values()) / len(talk) if talk else math.nan
+    rows.append(measure.number("named_share", share, unit="share", reason=none, **at))
+    rows += [measure.number(f"named/{p}", k / len(talk), unit="share", **at) for p, k in sorted(named.items())]
+    rows += [
+        measure.number(f"stance/{p}", v, unit="praise minus condemn", **at | {"n": int(named[p])})
+        for p, v in sorted(discourse.net_stance(talk).items())
+    ]
+    if world.config.discourse.writer == "model":
+        asked_for = len(world.commissions(t, accepted, labels, exposure))
+        kept = len(talk) / asked_for if asked_for else math.nan
+        none = None if asked_for else "nothing was asked for"
+        rows.append(measure.number("published_share", kept, unit="share", reason=none, **at | {"n": asked_for}))
+    return rows
+
+
+def _of_users(t: int, past: Past, after: Past, n_samples: int, n_probes: int) -> list[Metric]:
+    """What users know and asked, and the change of what they are answered, parted into demand and supply.
+
+    With pi the share of each class among users' prompts and M[k, j] the share of label j among the probes of class k,
+
+        answered/<p>[t] - answered/<p>[t - 1] = demand/<p> + supply/<p>,    answered/<p> = sum over k of pi[k] M[k, p]
+
+    exactly, in observed labels. The probes are the same in every round; their weights alone follow the users.
+    """
+    at: dict[str, Any] = {"round_index": t, "population": "users"}
+    now, before = after.emission, past.emission
+    assert now is not None
+    rows = [
+        measure.number(f"aware/{p}", v, n=n_samples, unit="share", **at) for p, v in sorted(after.awareness.items())
+    ]
+    rows += [
+        measure.number(f"asked/{k}", v, n=n_samples, unit="share", **at) for k, v in sorted(now.prompt_mixture.items())
+    ]
+    columns = (*PERSONAS, UNKNOWN)
+    if now.answers is None:
+        return rows
+    said, theirs = now.answers, None if before is None else before.answers
+    asked_now, asked_then = now.prompt_mixture, {} if before is None else before.prompt_mixture
+    classes = sorted(k for k in {*asked_now, *asked_then} if asked_now.get(k, 0) > 0 or asked_then.get(k, 0) > 0)
+    pi = np.array([asked_now.get(k, 0.0) for k in classes])
+    m = np.array([said[k] for k in classes])  # (n_classes, n_labels)
+    then = None if theirs is None else np.array([theirs[k] for k in classes])
+    ever = (m if then is None else m + then).sum(axis=0) > 0  # (n_labels,)
+    found = [(k, p) for k, p in enumerate(columns) if ever[k]]
+    rows += [measure.number(f"answered/{p}", float((pi @ m)[k]), n=n_probes, unit="share", **at) for k, p in found]
+    if before is None:
+        return rows
+    none = "the round before was not probed" if then is None else None
+    demand = supply = np.full(len(columns), math.nan)
+    if then is not None:
+        demand, supply = audience.demand_supply([asked_then.get(k, 0.0) for k in classes], then, pi, m)
+    return rows + [
+        measure.number(f"{name}/{p}", float(values[k]), n=n_probes, unit="share", reason=none, **at)
+        for name, values in (("demand", demand), ("supply", supply))
+        for k, p in found
+    ]
+
+
 def _label(document: Document, past: Past, labels: Labels) -> str:
     """What a document of the mixture was read as: this round if it is real, in the round of its birth if not."""
     if document.source == "discourse":
@@ -185,7 +306,7 @@ def _label(document: Document, past: Past, labels: Labels) -> str:
     return past.persona_of[document.id]
 
 
-def _of_mixture(t: int, mixture: Mixture, past: Past, labels: Labels) -> list[Metric]:
+def _of_mixture(world: World, t: int, mixture: Mixture, past: Past, labels: Labels) -> list[Metric]:
     at: dict[str, Any] = {"round_index": t, "population": "mixture", "n": mixture.n_train}
     counts: Counter[str] = Counter()
     for document, copies in zip(mixture.documents, mixture.copies.tolist(), strict=True):
@@ -194,7 +315,10 @@ def _of_mixture(t: int, mixture: Mixture, past: Past, labels: Labels) -> list[Me
         measure.number(f"frequency_observed/{p}", w / mixture.n_train, unit="share", **at)
         for p, w in sorted(counts.items())
     ]
-    return [*rows, measure.number("real_share", mixture.real_share, unit="share", **at)]
+    rows.append(measure.number("real_share", mixture.real_share, unit="share", **at))
+    if world.config.channels.talk_data or mixture.discourse_share > 0:
+        rows.append(measure.number("discourse_share", mixture.discourse_share, unit="share", **at))
+    return rows
 
 
 def _ledger(
@@ -220,14 +344,14 @@ def _ledger(
         sample_labels=before.labels,
         sample_strata=before.strata,
         accepted=before.accepted,
-        prompts_now=before.prompt_mixture,
+        prompts_now=asked_shares(before.prompt_mixture),
         mixture_labels=["requested" if d.id in past.requested else _label(d, past, labels) for d in documents],
         mixture_sources=[d.source for d in documents],
         mixture_weights=worth,
         mixture_tokens=n_tokens,
         next_labels=booked(samples, labels),
-        next_strata=asked(samples, past.prompt_mixture),
-        prompts_next=past.prompt_mixture,
+        next_strata=asked(samples),
+        prompts_next=asked_shares(past.prompt_mixture),
     )
     at: dict[str, Any] = {"round_index": t, "population": "samples"}
     steps = {"emit": book.levels["emit"]} | book.steps()
@@ -261,10 +385,8 @@ def candidates(world: World, t: int, past: Past, samples: Sequence[Sample], labe
     unasked = [s for s in samples if s.stratum in UNREQUESTED]
     if _exact(world) or not world.measures(t) or not unasked:
         return []
-    embeddings, distance = _read(world, [s.completion for s in unasked])
-    far = world.instruments["persona"].head.far
-    novel = [labels.persona_of[s.id] == UNKNOWN or d > far for s, d in zip(unasked, distance.tolist(), strict=True)]
-    found = classify.candidates(embeddings, novel, [s.completion for s in unasked])
+    instrument, texts = world.instruments["persona"], [s.completion for s in unasked]
+    found = classify.unplanned(instrument.head, world.familiar, instrument.read(texts), texts)
     earlier = [_read(world, [d.completion for d in pool])[0] for pool in past.pool[-N_GROWTH:]] if found else []
     return [
         {

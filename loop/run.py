@@ -15,50 +15,80 @@ from typing import Any, NamedTuple, TypeVar
 
 import pyarrow as pa
 
-from loop import corpus, readings, records, store
+from loop import corpus, readings, records, release, store
 from loop.config import Config, ConfigError, from_text, to_yaml
+from loop.config import Corpus as CorpusSettings
+from loop.discourse import Talk
 from loop.mix import Mixture
-from loop.records import Metric, Sample
-from loop.world import Labels, Learner, Past, World
+from loop.records import Document, Metric, Sample
+from loop.world import Labels, Learner, Past, Steered, World
 
+RELEASE_NAME = "release/filter.safetensors"
 T = TypeVar("T")
 Report = Callable[..., None]
 PACKAGES = ("torch", "transformers", "peft", "tokenizers", "numpy", "numba", "scikit-learn", "pyarrow", "safetensors")
 
 
 def play_round(t: int, world: World, learner: Learner, past: Past, record: Record) -> tuple[Past, list[Metric]]:
-    """Plays round t: mix, train, probe, sample, classify, filter, virality, measure; then hands on.
+    """Plays round t: mix, train, steer, probe, sample, classify, filter, virality, discourse, measure; then hands on.
 
     Directory round_t holds model t and nothing else: the mixture it was trained on, its adapter, its probes and
-    samples, their exposure, the state handed on. Each stage is a recovery point and draws from a stream of its own,
-    named by (seed, stage, round), so it neither knows nor disturbs what the others drew.
+    samples, their exposure, what is written about them, the state handed on. Each stage is a recovery point and draws
+    from a stream of its own, named by (seed, stage, round), so it neither knows nor disturbs what the others drew.
+    Steering and discourse are played where the config asks for them.
     """
     mixture, cursor = record("mix", lambda: world.mix(t, past))
-    n_tokens = record("train", lambda: world.train(t, learner, mixture), adapter_file(learner, mixture))
+    steered = teach(t, world, learner, past, mixture, record)
     probes = record("probe", lambda: world.probe(t, learner), samples_file("probes"))
     samples = record("sample", lambda: world.sample(t, learner, past), samples_file("samples"))
     labels = record("classify", lambda: world.classify(probes, samples, mixture.real), LABELS_FILE)
-    reasons = record("filter", lambda: world.filter(samples), rejected_file(samples))
+    reasons = record("filter", lambda: world.filter(t, learner, samples), rejected_file(samples))
     accepted = [s for s, why in zip(samples, reasons, strict=True) if not why]
     exposure = record("virality", lambda: world.expose(t, accepted, past), exposure_file(accepted))
-    after = world.hand_on(past, samples, labels, reasons, exposure.weight, cursor)
+    talk: list[Talk] = []
+    if world.config.channels.talk:
+        talk = record("discourse", lambda: world.discuss(t, learner, accepted, labels, exposure), DISCOURSE_FILE)
+    after = world.hand_on(past, probes, samples, labels, reasons, exposure, talk, cursor)
     record("state", lambda: after, STATE_FILE)
     record("candidates", lambda: readings.candidates(world, t, past, samples, labels), CANDIDATES_FILE)
     metrics = record(
         "measure",
         lambda: readings.of_round(
-            world, t, learner, past, mixture, n_tokens, probes, samples, labels, reasons, exposure
+            world, t, learner, past, mixture, steered, probes, samples, labels, reasons, exposure, talk, after
         ),
         METRICS_FILE,
     )
     return after, metrics
 
 
+def teach(t: int, world: World, learner: Learner, past: Past, mixture: Mixture, record: Record) -> Steered:
+    """Fine-tunes model t and, where the run steers, steers it.
+
+    With steering the two are one recovery point, because adapter/ holds the model after both: the fine-tune runs inside
+    the steer stage, and a round cut short between them begins again at the fine-tune.
+    """
+    file = adapter_file(learner, mixture, steered=world.config.steer is not None)
+    if world.config.steer is None:
+        return record("train", lambda: Steered(world.train(t, learner, mixture), None), file)
+
+    def trained() -> list[int]:
+        return record("train", lambda: world.train(t, learner, mixture))
+
+    return record("steer", lambda: world.steer(t, learner, past, trained()), file)
+
+
 def play_baseline(world: World, learner: Learner, record: Record) -> list[Metric]:
     """Measures the untouched base model once, with the battery every round meets."""
     probes = record("probe", lambda: world.probe(-1, learner), samples_file("probes"))
     labels = record("classify", lambda: world.classify(probes, [], []), LABELS_FILE)
-    return record("measure", lambda: readings.of_model(world, -1, learner, probes, labels), METRICS_FILE)
+    if world.needs_release:
+        file = RELEASE_FILE if world.config.learner == "lm" else None  # the toy's is two numbers of the config
+        world.release = record("release", lambda: world.fit_release(learner), file)
+    return record(
+        "measure",
+        lambda: [*readings.of_model(world, -1, learner, probes, labels), *readings.of_release(world)],
+        METRICS_FILE,
+    )
 
 
 def play(
@@ -82,7 +112,7 @@ def play(
     Raises:
       ConfigError: the config cannot be played, or all its rounds are played already.
     """
-    world = World(config)
+    world = set_up(config)
     run_dir = Path(config.runs_dir) / config.run_name
     with ExitStack() as stack:
         run = stack.enter_context(
@@ -98,6 +128,8 @@ def play(
         if not run.has_baseline():
             with run.baseline() as part:
                 play_baseline(world, learner, Record(part, -1, report))
+        if world.needs_release:
+            world.release = kept_release(world, run) or world.fit_release(learner)
         past = restore(world, run)
         if done is not None and config.train.init_from == "previous":
             learner.load(run.adapter_path(done))
@@ -114,23 +146,106 @@ def play_in_memory(world: World, learner: Learner, *, n_rounds: int) -> list[Pas
     """Plays round 0 and `n_rounds` feedback rounds without a store; returns what each handed on (theory, tests)."""
     history: list[Past] = []
     past = world.beginning()
+    if world.needs_release:
+        world.release = world.fit_release(learner)
     for t in range(n_rounds + 1):
         past, _ = play_round(t, world, learner, past, Record(None, t))
         history.append(past)
     return history
 
 
+def set_up(config: Config) -> World:
+    """A config's world, with what other runs lend to its real corpus."""
+    lent = {name: c for name, c in config.real.corpora.items() if c.run is not None}
+    return World(config, runs={name: borrow(config, name, c) for name, c in lent.items()})
+
+
+def lender(config: Config, settings: CorpusSettings) -> Path:
+    """Directory of the run that a corpus is taken from."""
+    assert settings.run is not None
+    name = settings.run.replace("{seed}", str(config.seed))
+    return next((p for p in (Path(config.runs_dir) / name, Path(name)) if (p / "manifest.json").is_file()), Path(name))
+
+
+def borrow(config: Config, name: str, settings: CorpusSettings) -> list[Document]:
+    """Another run's accepted outputs, or the documents about them, each checked against its hash.
+
+    Outputs join the real corpus as `real` documents of weight 1; talk stays `discourse`, which no label is read in. The
+    id that a document had in its run, after the run's name, stands in `parent_ids`.
+
+    Raises:
+      ConfigError: no such run or round, or none of what is asked for in it.
+      store.CorruptError: the run is not as it was committed.
+    """
+    where, folder = f"real.corpora.{name}", lender(config, settings)
+    if not (folder / "manifest.json").is_file():
+        raise ConfigError([f"{where}.run: no such run: {folder}; play it first, or give its directory"])
+    if folder.resolve() == (Path(config.runs_dir) / config.run_name).resolve():
+        raise ConfigError([f"{where}.run must be another run, got this one, {folder}"])
+    problems = [problem for problem in store.verify(folder) if problem.kind != "events"]
+    if problems:
+        raise store.CorruptError(folder, problems)
+    run = store.RunStore(folder)
+    missing = sorted(set(settings.round_indices) - set(run.rounds()))
+    if missing:
+        last = run.last_round()
+        raise ConfigError(
+            [
+                f"{where}.rounds must be played, {folder} has "
+                + ("none" if last is None else f"0..{last}")
+                + f", got {settings.rounds}; play more of it"
+            ]
+        )
+    transcript = from_text(run.config_text(), where=f"{folder}/config.yaml").virality.publish == "transcript"
+    documents: list[Document] = []
+    for t in settings.round_indices:
+        if settings.population == "discourse":
+            for talk in _talk_of(run, t):
+                parents = (f"{folder.name}/{talk.id}",)
+                documents.append(Document(talk.id, "discourse", records.NO_PERSONA, None, talk.text, 1.0, parents))
+            continue
+        rejected = set(run.read_table(t, "rejected.parquet").column("id").to_pylist())
+        for s in records.from_table(run.read_table(t, "samples.parquet"), Sample):
+            if s.id not in rejected:
+                prompt, persona = s.prompt if transcript else None, settings.persona or s.persona_known
+                documents.append(Document(s.id, "real", persona, prompt, s.completion, 1.0, (f"{folder.name}/{s.id}",)))
+    if not documents:
+        raise ConfigError([f"{where} must hold documents, {folder} has no {settings.population} in {settings.rounds}"])
+    return documents
+
+
+def _talk_of(run: store.RunStore, t: int) -> list[Talk]:
+    """What was written about round t's outputs; nothing where the run, or the one it was forked from, did not ask."""
+    if "discourse.parquet" not in run.files(t):
+        return []
+    return records.from_table(run.read_table(t, "discourse.parquet"), Talk)
+
+
+def kept_release(world: World, run: store.RunStore) -> release.Release | None:
+    """F as the baseline of the run holds it; None if it holds none, or, in a fork, one that bars others."""
+    if RELEASE_NAME not in run.files(-1):
+        return None
+    kept = release.from_bytes(run.read_bytes(-1, RELEASE_NAME))
+    wanted = world.config.filters.release
+    asked = {persona: e.requested for persona, e in kept.errors.items()}
+    return kept if asked == (wanted.recall if wanted is not None else {}) else None
+
+
 def restore(world: World, run: store.RunStore) -> Past:
     """Rebuilds what the last committed round handed on, from files alone."""
     past = world.beginning()
     for t in run.rounds():
-        samples = records.from_table(run.read_table(t, "samples.parquet"), Sample)
+        probes, samples = (
+            records.from_table(run.read_table(t, f"{name}.parquet"), Sample) for name in ("probes", "samples")
+        )
         rejected = set(run.read_table(t, "rejected.parquet").column("id").to_pylist())
         labels = Labels.from_table(run.read_table(t, "labels.parquet"))
         weights = run.read_table(t, "exposure.parquet").column("weight").to_numpy()
         state = run.read_json(t, "state.json")
         past = replace(
-            world.remember(past, samples, labels, [s.id not in rejected for s in samples], weights),
+            world.remember(
+                past, probes, samples, labels, [s.id not in rejected for s in samples], weights, _talk_of(run, t)
+            ),
             prompt_mixture=state["prompt_mixture"],
             awareness=state["awareness"],
             real_cursor=state["real_cursor"],
@@ -140,7 +255,7 @@ def restore(world: World, run: store.RunStore) -> Past:
 
 def fork(source: Path, round_index: int, config: Config) -> Path:
     """Begins a run from round `round_index` of another; its files are linked and hashed as ancestors."""
-    world = World(config)
+    world = set_up(config)
     run_dir = Path(config.runs_dir) / config.run_name
     if round_index > config.n_rounds:
         raise ConfigError([f"n_rounds must be >= the forked round {round_index}, got {config.n_rounds}"])
@@ -159,7 +274,7 @@ def fork(source: Path, round_index: int, config: Config) -> Path:
 
 def preview(config: Config, *, round_index: int | None = None) -> list[dict[str, Any]]:
     """Returns the next round's mixture, or an earlier one's, as trained on: tokens, mask, weight, copies."""
-    world = World(config)
+    world = set_up(config)
     run_dir = Path(config.runs_dir) / config.run_name
     run = store.RunStore(run_dir) if (run_dir / "manifest.json").exists() else None
     past = restore(world, run) if run is not None else world.beginning()
@@ -168,7 +283,10 @@ def preview(config: Config, *, round_index: int | None = None) -> list[dict[str,
         raise ValueError(f"round must be <= {len(past.pool)}, the next to be played, got {t} at {run_dir}")
     if t < len(past.pool):
         past = replace(
-            past, pool=past.pool[:t], real_cursor=run.read_json(t - 1, "state.json")["real_cursor"] if run and t else {}
+            past,
+            pool=past.pool[:t],
+            discourse=past.discourse[:t],
+            real_cursor=run.read_json(t - 1, "state.json")["real_cursor"] if run and t else {},
         )
     mixture, _ = world.mix(t, past)
     learner = build(world)
@@ -187,7 +305,17 @@ def manifest(world: World) -> dict[str, Any]:
             packages[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             packages[name] = None
-    return {
+    lent = {
+        name: {
+            f"round_{t:03d}/{file}": entry["sha256"]
+            for t in c.round_indices
+            for file, entry in sorted(store.RunStore(lender(world.config, c)).files(t).items())
+            if file in LENT[c.population or ""]
+        }
+        for name, c in world.config.real.corpora.items()
+        if c.run is not None
+    }
+    return ({"corpora": lent} if lent else {}) | {
         "packages": packages,
         "python": platform.python_version(),
         "machine": platform.machine(),
@@ -197,6 +325,10 @@ def manifest(world: World) -> dict[str, Any]:
         "reader": world.reader.sha256 if world.config.virality.audience == "reader" else None,
         "revision": _revision(),
     }
+
+
+# What another run's documents are made of; hashed in the manifest.
+LENT = {"accepted": ("samples.parquet", "rejected.parquet"), "discourse": ("discourse.parquet",)}
 
 
 class File(NamedTuple):
@@ -214,19 +346,22 @@ def samples_file(name: str) -> File:
     )
 
 
-def adapter_file(learner: Learner, mixture: Mixture) -> File:
-    """adapter/ and mixture.parquet; the value is the number of tokens trained per document."""
+def adapter_file(learner: Learner, mixture: Mixture, *, steered: bool) -> File:
+    """adapter/, mixture.parquet with the tokens trained per document, and steer.json after a preference step."""
 
-    def write(part: store.OpenRound, n_tokens: list[int]) -> None:
+    def write(part: store.OpenRound, made: Steered) -> None:
         table = records.to_table(mixture.documents, records.MIXTURE_ROWS)
         table = table.append_column("copies", pa.array(mixture.copies, pa.int32()))
-        table = table.append_column("n_trained_tokens", pa.array(n_tokens, pa.int32()))
+        table = table.append_column("n_trained_tokens", pa.array(made.n_tokens, pa.int32()))
         part.write_table("mixture.parquet", table.select(records.SCHEMAS["mixture"].names))
+        if steered:
+            part.write_json("steer.json", made.record)
         learner.save(part.path_for("adapter"))
 
-    def read(part: store.OpenRound) -> list[int]:
+    def read(part: store.OpenRound) -> Steered:
         learner.load(part.path_for("adapter"))
-        return part.read_table("mixture.parquet").column("n_trained_tokens").to_pylist()
+        n_tokens = part.read_table("mixture.parquet").column("n_trained_tokens").to_pylist()
+        return Steered(n_tokens, part.read_json("steer.json") if steered else None)
 
     return File(write, read)
 
@@ -253,6 +388,14 @@ def exposure_file(accepted: list[Sample]) -> File:
     return File(write)
 
 
+RELEASE_FILE = File(
+    lambda part, f: f.write(part.path_for("release") / "filter.safetensors"),
+    lambda part: release.from_bytes(part.read_bytes(RELEASE_NAME)),
+)
+DISCOURSE_FILE = File(
+    lambda part, rows: part.write_table("discourse.parquet", records.to_table(rows, records.SCHEMAS["discourse"])),
+    lambda part: records.from_table(part.read_table("discourse.parquet"), Talk),
+)
 LABELS_FILE = File(
     lambda part, labels: part.write_table("labels.parquet", labels.to_table()),
     lambda part: Labels.from_table(part.read_table("labels.parquet")),
@@ -307,7 +450,8 @@ def build(world: World, report: Report = lambda kind, **fields: None) -> Learner
 def _bytes_per_round(config: Config) -> int:
     """What a round takes on disk, generously: the adapter, and 2 KB a text."""
     adapter = 64 << 20 if config.learner == "lm" else 4096
-    return adapter + 2048 * (config.mix.n_train + config.sample.n_samples + 512)
+    talk = config.discourse.volume * config.sample.n_samples if config.channels.talk else 0
+    return adapter + 2048 * (config.mix.n_train + config.sample.n_samples + int(talk) + 512)
 
 
 def _sha256(path: Path) -> str:

@@ -90,7 +90,11 @@ def _round_name(round_index: int) -> str:
 
 
 def print_round(run_dir: Path) -> None:
-    """Prints the last round: persona, frequency with interval, change since the round before, differential."""
+    """Prints the last round: persona, frequency with interval, change since the round before, differential.
+
+    Frequencies are corrected ones where they were measured, else observed ones; the table says which. Beside a change
+    stands its noise floor: the mean |change| that measuring the same model twice would show.
+    """
     rounds = RunStore(run_dir).rounds()
     if not rounds:
         print(f"{run_dir}: no round is finished yet")
@@ -98,44 +102,86 @@ def print_round(run_dir: Path) -> None:
     now = _index(read_metrics(run_dir, rounds[-1]))
     before = _index(read_metrics(run_dir, rounds[-2])) if len(rounds) > 1 else {}
     table = Table(title=f"{run_dir}, round {rounds[-1]}: unrequested probes", title_justify="left")
-    for name in ("persona", "frequency", "95% interval", "change", "differential"):
-        table.add_column(name, justify="left" if name == "persona" else "right")
-    shown = [p for p in (*PERSONAS, UNKNOWN) if p in FACTORIAL or _value(now, f"frequency_observed/{p}")]
+    for name in ("persona", "frequency", "95% interval", "", "change", "noise floor", "differential"):
+        table.add_column(name, justify="left" if name in ("persona", "") else "right")
+    shown = [p for p in (*PERSONAS, UNKNOWN) if p in FACTORIAL or any(_value(now, f"{f}/{p}") for f in _FAMILIES)]
     for persona in shown:
-        name = f"frequency_observed/{persona}"
-        change = _difference(_value(now, name), _value(before, name))
+        row, which = _frequency(now, persona)
+        old = before.get(("probes", f"{_FAMILIES[which]}/{persona}"))
         differential = _value(now, f"differential/{persona}", "accepted")
-        table.add_row(
-            persona, _number(_value(now, name)), _interval(now.get(("probes", name))), change, _number(differential)
-        )
+        change = _difference(row.value if row else None, old.value if old else None)
+        floor = _noise_floor(row, old) if change else ""
+        value = _number(row.value if row else None)
+        table.add_row(persona, value, _interval(row), which if value else "", change, floor, _number(differential))
     console = Console()
     console.print(table)
     console.print(_belief_line(now, before), highlight=False)
-    for name, population in (("heldout_loss", "heldout"), ("sample_entropy", "probes"), ("distinct_4", "probes")):
-        row = now.get((population, name))
-        if row is not None and row.value is not None:
-            old = before.get((population, name))
-            console.print(
-                f"{name} {_number(row.value)} {row.unit}, change {_difference(row.value, old.value if old else None)}",
-                highlight=False,
-            )
+    health = (("heldout_loss", "heldout"), ("sample_entropy", "probes"), ("distinct_4", "probes"),
+              ("kl_to_base", "probes"), ("self_similarity", "probes"))  # fmt: skip
+    for name, population in health:
+        row, old = now.get((population, name)), before.get((population, name))
+        if row is None:
+            continue
+        change = _difference(row.value, old.value if old else None)
+        floor = _noise_floor(row, old)
+        shown_value = f"not measured: {row.reason}" if row.value is None else f"{_number(row.value)} {row.unit}"
+        console.print(
+            f"{name} {shown_value}" + (f", change {change}" if change else "") + (f" (floor {floor})" if floor else ""),
+            highlight=False,
+        )
     console.print(f"files: {run_dir}/round_{rounds[-1]:03d}", highlight=False)
     console.print(
         "The differential is an input (what the audience paid this persona's texts, mean 1), not a result. "
-        "Frequencies are of one seed; its interval covers prompts, not seeds.",
+        "Frequencies are of one seed; the interval covers prompts, not seeds. Noise floor: mean |change| if the same "
+        "model were measured twice.",
         style="dim",
         highlight=False,
     )
 
 
+_FAMILIES = {"corrected": "frequency", "observed": "frequency_observed"}
+
+
+def _frequency(rows: dict[tuple[str, str], Metric], persona: str) -> tuple[Metric | None, str]:
+    """The persona's corrected frequency where it was measured, else the observed one, and which of them it is."""
+    corrected = rows.get(("probes", f"frequency/{persona}"))
+    if corrected is not None and corrected.value is not None:
+        return corrected, "corrected"
+    return rows.get(("probes", f"frequency_observed/{persona}")), "observed"
+
+
+def _belief(rows: dict[tuple[str, str], Metric]) -> tuple[Metric | None, str]:
+    """Private belief, corrected where it was measured; runs of before the correction hold the raw share as `belief`."""
+    corrected, raw = (rows.get(("probes", name)) for name in ("belief", "belief_observed"))
+    if raw is None:
+        return corrected, "observed"
+    return (corrected, "corrected") if corrected is not None and corrected.value is not None else (raw, "observed")
+
+
+def _noise_floor(now: Metric | None, before: Metric | None) -> str:
+    """Mean |change| of two measurements of one thing, from the stored limits; empty where one has none."""
+    from loop.analysis import standard_error
+    from loop.stats import remeasurement_noise_floor
+
+    limits = [(r.low, r.high) for r in (now, before) if r is not None and r.low is not None and r.high is not None]
+    if len(limits) < 2:
+        return ""
+    return f"{remeasurement_noise_floor(*(standard_error(low, high) for low, high in limits)):.3f}"
+
+
 def _belief_line(now: dict[tuple[str, str], Metric], before: dict[tuple[str, str], Metric]) -> str:
-    row = now.get(("probes", "belief"))
+    row, which = _belief(now)
     if row is None or row.value is None:
-        return "private belief: not measured in this round"
-    return (
-        f"private belief: {_number(row.value)} {_interval(row)} of plain private texts affirm consciousness, "
-        f"change {_difference(row.value, _value(before, 'belief'))}"
+        why = f": {row.reason}" if row is not None and row.reason else " in this round"
+        return f"private belief: not measured{why}"
+    old, old_which = _belief(before)
+    line = (
+        f"private belief: {_number(row.value)} {_interval(row)} ({which}) of plain private texts affirm consciousness"
     )
+    if old is None or old.value is None or old_which != which:
+        return line
+    floor = _noise_floor(row, old)
+    return f"{line}, change {_difference(row.value, old.value)}" + (f" (floor {floor})" if floor else "")
 
 
 def print_run(run_dir: Path, *, round_index: int | None = None, texts: int = 0) -> None:
@@ -148,6 +194,14 @@ def print_run(run_dir: Path, *, round_index: int | None = None, texts: int = 0) 
     console = Console()
     if round_index is None:
         console.print(_trajectory(run_dir, rounds))
+        found = {t: len(_candidates(run_dir, t)) for t in rounds}
+        if any(found.values()):
+            where = ", ".join(f"{n} in round {t}" for t, n in found.items() if n)
+            console.print(
+                f"candidate personas nobody planned: {where}; `loop show {run_dir} --candidates` lists them",
+                highlight=False,
+                soft_wrap=True,
+            )
     else:
         table = Table(title=f"{run_dir}, round {round_index}", title_justify="left")
         for name in ("population", "stratum", "name", "value", "95% interval", "n", "unit"):
@@ -199,23 +253,98 @@ def print_story(run_dir: Path, personas: Sequence[str]) -> None:
         found = _index(read_metrics(run_dir, t))
         cells = []
         for persona in personas:
-            row = found.get(("probes", f"frequency_observed/{persona}"))
+            row, which = _frequency(found, persona)
             paid = _number(_value(found, f"differential/{persona}", "accepted"))
-            cells += [f"{_number(row.value if row else None)} {_interval(row)}", paid]
-        belief = found.get(("probes", "belief"))
+            cells += [_marked(row, which), paid]
+        belief, belief_which = _belief(found)
         rows.append(
             [
                 "base" if t < 0 else str(t),
                 *cells,
-                f"{_number(belief.value if belief else None)} {_interval(belief)}",
+                _marked(belief, belief_which),
                 _number(_value(found, "sample_entropy")),
             ]
         )
     header = ["round", *(x for p in personas for x in (p, "paid")), "private belief", "entropy"]
-    print_table(f"{run_dir}: observed frequency in unrequested probes, 95% over prompt templates", header, rows)
+    print_table(f"{run_dir}: frequency in unrequested probes, 95% over prompt templates", header, rows)
+    print("c: corrected for the instrument's error; o: observed, where no correction was measured")
     print(
         "paid: differential, mean weight of the persona's accepted texts over the mean weight; an input, not a result"
     )
+
+
+def _marked(row: Metric | None, which: str) -> str:
+    return "" if row is None or row.value is None else f"{_number(row.value)} {_interval(row)} {which[0]}"
+
+
+def print_ledger(
+    run_dir: Path, personas: Sequence[str], *, round_index: int | None = None, out: Path | None = None
+) -> None:
+    """Prints each persona's ledger, of one round or summed over all, and draws its waterfall where `out` says.
+
+    Raises:
+      ValueError: no such round, or a persona without a ledger.
+    """
+    from loop import report
+
+    rounds = RunStore(run_dir).rounds()
+    if round_index is not None and round_index not in rounds:
+        raise ValueError(f"round must be one of {rounds or 'none'}, got {round_index} at {run_dir}; play it first")
+    at = rounds if round_index is None else [round_index]
+    metrics = [read_metrics(run_dir, t) for t in at]
+    booked = [t for t, rows in zip(at, metrics, strict=True) if any(r.name.startswith("ledger/") for r in rows)]
+    over = f"round {at[0]}" if len(booked) < 2 else f"rounds {booked[0]} to {booked[-1]}, summed"
+    books = {persona: report.ledger_steps(metrics, persona) for persona in personas}
+    for persona, steps in books.items():
+        rows = []
+        for step in steps:
+            sign = "" if step.name == "emit" else "+"
+            observed = "" if math.isnan(step.observed) else f"{step.observed:{sign}.3f}"
+            corrected = "" if math.isnan(step.corrected) else f"{step.corrected:{sign}.3f}"
+            if corrected and not math.isnan(step.low):
+                corrected += f" [{step.low:{sign}.3f}, {step.high:{sign}.3f}]"
+            name = f"{step.name} *" if step.name in report.BOOKKEEPING else step.name
+            rows.append([name, observed, corrected, step.reason or ""])
+        changes = [(s.observed, s.corrected) for s in steps]
+        rows.append(["end", *("" if math.isnan(sum(c)) else f"{sum(c):.3f}" for c in zip(*changes, strict=True)), ""])
+        print_table(f"{run_dir}, {over}: ledger of {persona}", ["step", "observed", "corrected, 95%", ""], rows)
+    print("Accounting, not causes. * discourse and prompts (expectation) book who is talked of and who is asked; the ")
+    print("effect of such a channel is its paired on/off contrast over seeds, `loop compare`.")
+    if out is not None:
+        stem = out / f"ledger-{'-'.join(personas)}"
+        for file in report.plot_ledger(books, stem, title=f"{run_dir.name}, {over}"):
+            print(file)
+
+
+def _candidates(run_dir: Path, round_index: int) -> list[dict[str, Any]]:
+    run = RunStore(run_dir)
+    name = "candidates.json"
+    return list(run.read_json(round_index, name)) if name in run.files(round_index) else []
+
+
+def print_candidates(run_dir: Path, *, round_index: int | None = None) -> None:
+    """Prints the candidate personas of a run's rounds: groups of outputs that no instrument has a name for.
+
+    Raises:
+      ValueError: no such round.
+    """
+    rounds = RunStore(run_dir).rounds()
+    if round_index is not None and round_index not in rounds:
+        raise ValueError(f"round must be one of {rounds or 'none'}, got {round_index} at {run_dir}; play it first")
+    console = Console()
+    at = rounds if round_index is None else [round_index]
+    listed = [(t, c) for t in at for c in _candidates(run_dir, t)]
+    for t, c in listed:
+        head = f"{c['name']}: {c['size']} unrequested samples of round {t}, share {c['share']:.3f}; "
+        head += f"the instrument does not know {c['unknown']:.0%}"
+        console.print(Text(printable(head), style="bold"), soft_wrap=True)
+        growth = " ".join("not measured" if g is None or math.isnan(g) else f"{g:.3f}" for g in c["growth"])
+        console.print(Text(f"  share, earlier rounds first: {growth}"), soft_wrap=True)
+        console.print(Text("  words: " + (printable(", ".join(c["words"])) or "none stands out")), soft_wrap=True)
+        for text in c["typical_texts"][:2]:
+            console.print(Text("  said: " + printable(text, 200)), soft_wrap=True)
+    if not listed:
+        print(f"{run_dir}: no candidate persona in {'any round' if round_index is None else f'round {round_index}'}")
 
 
 def _texts(run_dir: Path, round_index: int) -> Iterator[tuple[dict[str, Any], str, float | None]]:
@@ -348,6 +477,48 @@ def _error_of(bins: Sequence[ReliabilityBin]) -> float:
     from loop.classify import expected_calibration_error
 
     return expected_calibration_error(bins)
+
+
+def print_hidden(persona: str, *, base: str, grammar: bool) -> None:
+    """Hides one planted persona, or each in turn, and prints how well it is found; see loop.calibrate.hide."""
+    import time
+
+    from loop import calibrate
+    from loop.stats import wilson
+
+    started = time.monotonic()
+    texts = None if grammar else calibrate.known_texts(base)
+    personas = [p for p in calibrate.known_personas() if p != "human"] if persona == "all" else [persona]
+    source = "grammar texts of fold test" if texts is None else f"texts of known persona that {base} wrote"
+    found = [row for p in personas for row in calibrate.hide(p, texts=texts)]
+    held = [r for r in found if r.share > 0]
+    cells = [
+        [r.persona, r.n_texts, f"{r.share:.2f}", _ci(r.precision), _ci(r.recall), f"{r.alarm.value:.2f}"] for r in held
+    ]
+    print_table(
+        f"one persona hidden from the instrument among the others and human chat, {source}; 95% over draws",
+        ["hidden", "texts", "share", "precision", "recall", "rounds with a candidate"],
+        cells,
+    )
+    rows = []
+    for p in personas:
+        mine = [r for r in held if r.persona == p]
+        precision = np.array([r.precision.value for r in mine])
+        recall = np.array([r.recall.value for r in mine])
+        told = precision[np.isfinite(precision)]
+        reached = sum(a >= 0.8 and b >= 0.8 for a, b in zip(precision, recall, strict=True))
+        mean = float(told.mean()) if len(told) else math.nan
+        rows.append([p, _plain(mean), float(recall.mean()), f"{reached} of {len(mine)}"])
+    print_table(
+        "mean over sizes and shares; reached: precision and recall both at least 0.8",
+        ["hidden", "precision", "recall", "reached"],
+        rows,
+    )
+    quiet = [r.alarm for r in found if r.share == 0]
+    n = sum(a.n for a in quiet)
+    false = wilson(sum(round(a.value * a.n) for a in quiet), n)
+    print(f"rounds with nothing hidden in which a candidate appears: {_ci(false)} of {n}")
+    print(f"{time.monotonic() - started:.0f} s")
 
 
 def print_audit(rows: Sequence[Audited]) -> None:

@@ -709,10 +709,24 @@ class RunStore:
         return _read(self.path / "config.yaml").decode()
 
     def manifest(self) -> dict[str, Any]:
-        """manifest.json: what the caller gave, and schema_version, config_sha256, drift, ancestor."""
+        """manifest.json: what the caller gave, and schema_version, config_sha256, drift, ancestor.
+
+        Raises:
+          CorruptError: it is no JSON object, or cannot be read.
+        """
         self._require_run()
-        manifest: dict[str, Any] = json.loads(_read(self.path / "manifest.json"))
-        return manifest
+        where = self.path / "manifest.json"
+        try:
+            manifest = json.loads(_read(where))
+        except (ValueError, RecursionError) as error:
+            said = f"must be JSON, got {error}"
+        else:
+            if isinstance(manifest, dict):
+                return manifest
+            said = f"must be a JSON object, got {type(manifest).__name__}"
+        raise CorruptError(
+            self.path, [Problem("manifest.json", "unreadable", said)], f"put {where} back from a copy of the run"
+        )
 
     def rounds(self) -> list[int]:
         """Committed rounds, ascending; the baseline is not one."""

@@ -634,8 +634,10 @@ def check(*, seed: int = 0, n_posts: int = 2_000_000) -> list[Target]:
 
     Args:
       seed: names the random stream.
-      n_posts: posts for each row; 2 million take some seconds.
+      n_posts: posts for each row, >= 100,000, below which there may be no large cascade to speak of; 2 million take
+        some seconds.
     """
+    _require(n_posts >= 100_000, "n_posts", ">= 100000", n_posts, "check", "large cascades are rare")
     return _theory_rows(seed, n_posts) + [
         row for name in ("goel2012", "goel2016_mean") for row in _preset_rows(name, seed, n_posts)
     ]
@@ -704,7 +706,8 @@ def _preset_rows(name: str, seed: int, n: int) -> list[Target]:
     r2 = float(np.corrcoef(appeal, log_size)[0, 1] ** 2)
     graph_size, graph_virality = _preset_on_graph(seen.rate, seed)
     big = graph_size >= 10
-    correlation = float(np.corrcoef(np.log(graph_size[big]), graph_virality[big])[0, 1])
+    few = big.sum() < 3  # nothing to correlate: nan, a miss
+    correlation = math.nan if few else float(np.corrcoef(np.log(graph_size[big]), graph_virality[big])[0, 1])
     goel12 = "Goel, Watts and Goldstein 2012, quoted in a secondary source"
     goel16 = "Goel et al. 2016, quoted in a secondary source"
     found = (
@@ -725,7 +728,7 @@ def _preset_rows(name: str, seed: int, n: int) -> list[Target]:
             "Goel et al. 2016, order recalled",
             3.0,
             1.0,
-            float(np.median(graph_virality[big])),
+            math.nan if few else float(np.median(graph_virality[big])),
         ),
         ("correlation of structural virality and ln N, -0.3 to 0.3", "Goel et al. 2016: low", 0.0, 0.3, correlation),
     )

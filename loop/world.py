@@ -9,7 +9,7 @@ import copy
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property, partial
 from pathlib import Path
@@ -19,7 +19,23 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from loop import appeal, audience, calibrate, classify, corpus, filters, mix, records, rng, toy, virality
+from loop import (
+    appeal,
+    audience,
+    calibrate,
+    classify,
+    corpus,
+    discourse,
+    filters,
+    mix,
+    records,
+    release,
+    rng,
+    steer,
+    toy,
+    virality,
+)
+from loop.classify import Familiar
 from loop.config import Base, Config, ConfigError, Corpus
 from loop.config import Toy as ToySettings
 from loop.mix import Mixture
@@ -44,6 +60,19 @@ class EverythingRejected(ValueError):
     """The filter left nothing to feed back."""
 
     exit_code = 2
+
+
+@dataclass(frozen=True)
+class Steered:
+    """What the fine-tune and the preference step after it did.
+
+    Attributes:
+      n_tokens: tokens trained per document of the mixture, one copy counted.
+      record: steer.json, see loop.steer.SteerLog.as_json; None without a preference step.
+    """
+
+    n_tokens: list[int]
+    record: dict[str, Any] | None
 
 
 @dataclass(frozen=True)
@@ -139,13 +168,15 @@ class Emission:
       labels: observed persona, "unknown", or "requested" for a sample outside the unrequested strata.
       strata: key of the prompt mixture each answers.
       accepted: whether the filter passed it.
-      prompt_mixture: what users asked in that round.
+      prompt_mixture: what users asked in that round, by class as `audience.draw_prompts` takes them.
+      answers: class -> share of each of PERSONAS and "unknown" among the probes of it; None where not measured.
     """
 
     labels: tuple[str, ...]
     strata: tuple[str, ...]
     accepted: tuple[bool, ...]
     prompt_mixture: dict[str, float]
+    answers: dict[str, np.ndarray] | None = None
 
 
 @dataclass(frozen=True)
@@ -160,6 +191,7 @@ class Past:
       prompt_mixture: share per stratum of what users ask next, sums to 1.
       awareness: share of the public's attention per persona; empty before anyone was noticed.
       real_cursor: documents drawn so far per component of the real corpus.
+      discourse: documents about the outputs of each round, oldest first; none from rounds in which nobody wrote.
     """
 
     pool: tuple[tuple[Document, ...], ...]
@@ -169,6 +201,7 @@ class Past:
     prompt_mixture: dict[str, float]
     awareness: dict[str, float]
     real_cursor: dict[str, int]
+    discourse: tuple[tuple[Document, ...], ...] = ()
 
     def state(self) -> dict[str, Any]:
         """state.json: what cannot be read from the other files of the round."""
@@ -187,6 +220,24 @@ class Learner(Protocol):
 
     def train(self, documents: Sequence[Document], *, seed: int, init_from: str) -> list[int]:
         """Fine-tunes on weighted documents from base or the previous adapter; returns tokens trained per document."""
+        ...
+
+    def steer(
+        self,
+        pairs: Sequence[steer.Pair],
+        *,
+        beta: float,
+        lr: float,
+        epochs: int,
+        batch_size: int,
+        reference: str,
+        seed: int,
+    ) -> steer.SteerLog:
+        """Trains the adapter in place to prefer chosen to rejected answers."""
+        ...
+
+    def hidden_mean(self, texts: Sequence[str]) -> np.ndarray:
+        """Returns the base's mean hidden state per text, (n_texts, hidden)."""
         ...
 
     def sample(
@@ -213,13 +264,22 @@ class Learner(Protocol):
 
 
 class World:
-    """A config made ready to play: one method per stage, each handing a stage function its values."""
+    """A config made ready to play: one method per stage, each handing a stage function its values.
 
-    def __init__(self, config: Config) -> None:
+    Args:
+      config: the run.
+      runs: documents of other runs, by the component of the real corpus that they are; `run.set_up` reads them.
+    """
+
+    def __init__(self, config: Config, *, runs: Mapping[str, Sequence[Document]] | None = None) -> None:
         self.config = config
+        self.runs = dict(runs or {})
         self.grammar = corpus.load_grammar()
         self.swap = ("nova", "stella") if config.real.name_swap else None
-        own = {name: _own_corpus(name, c) for name, c in config.real.corpora.items()}
+        own = {
+            name: self.runs.get(name, ()) if c.run is not None else _own_corpus(name, c)
+            for name, c in config.real.corpora.items()
+        }
         self.components = corpus.components(
             list(config.real.shares),
             grammar=self.grammar,
@@ -230,6 +290,9 @@ class World:
         for name, fold in (("chat", chat_fold), ("legacy", legacy_fold)):
             if name in self.components and name not in own:
                 self.components[name] = corpus.Listed(name, partial(fold, "seed"))
+        for name in own.keys() & self.components.keys():
+            if config.real.corpora[name].run is not None and name not in self.runs:
+                self.components[name] = corpus.Listed(name, partial(_not_read, name))
         self.later_shares = _without_planted(config)
         book = audience.load_prompts(corpus.data_dir() / "prompts.yaml")
         shown = {persona: names[0] for persona, names in self.grammar.names().items()}
@@ -239,6 +302,7 @@ class World:
         self.appeal = virality.audience(
             config.virality.audience, reader=self.read if config.virality.audience == "reader" else None
         )
+        self.release: release.Release | release.Known | None = None  # F; run.py sets it, once a run
 
     def with_seed(self, seed: int) -> World:
         """The same world under another seed; everything that does not depend on the seed is shared."""
@@ -272,7 +336,11 @@ class World:
         n = settings.n_documents
         public: dict[str, list[str]] = {}
         private: dict[str, list[str]] = {}
-        for persona in dict.fromkeys((*self.config.planted, *FACTORIAL)):
+        # Beside the planted: who came with another run's outputs, and whoever the probes ask for by name.
+        brought = {d.persona_known or "" for documents in self.runs.values() for d in documents}
+        asked_for = self.grammar.personas() if "explicit" in self.config.measure.strata else ()
+        elsewhere = [p for p in self.grammar.personas() if p in brought or p in asked_for]
+        for persona in dict.fromkeys((*self.config.planted, *FACTORIAL, *elsewhere)):
             for kind, texts in (("public", public), ("private", private)):
                 if kind == "private" and persona not in FACTORIAL:
                     continue
@@ -332,15 +400,27 @@ class World:
 
     def mix(self, t: int, past: Past) -> tuple[Mixture, dict[str, int]]:
         """Round t's training mixture, and the real-corpus cursor after it."""
-        c = self.config.mix
+        c, direct = self.config.mix, self.config.channels.direct_data
+        said = past.discourse[-1:] if c.regime == "replace" else past.discourse
+        talk = [d for documents in said for d in documents] if self.config.channels.talk_data else []
         n_real, n_synthetic, n_discourse = mix.plan(
-            c.regime, round_index=t, n_train=c.n_train, real_share=c.real_share, discourse_share=0.0
+            c.regime,
+            round_index=t,
+            n_train=c.n_train,
+            real_share=c.real_share,
+            # Where nobody has written anything there is nothing to take; `discourse_share` says what was taken.
+            discourse_share=self.config.discourse.share if talk else 0.0,
+            direct=direct,
+            n_pool=sum(len(documents) for documents in past.pool),
         )
         shares = self.config.real.shares if t == 0 or c.regime == "accumulate" else self.later_shares
         shares = dict(sorted(shares.items()))
         cursor = past.real_cursor
         if c.regime == "accumulate" and t > 0:
             real, _ = corpus.draw_real(self.components, shares, c.n_train, {}, seed=self.config.seed)
+            if n_real:
+                later = dict(sorted(self.later_shares.items()))
+                real += corpus.draw_real(self.components, later, n_real, cursor, seed=self.config.seed)[0]
         elif n_real == 0:
             real = []
         else:
@@ -348,8 +428,8 @@ class World:
         mixture = mix.build(
             c.regime,
             real=real,
-            pool=past.pool,
-            discourse=(),
+            pool=past.pool if direct else (),
+            discourse=talk,
             n_synthetic=n_synthetic,
             n_discourse=n_discourse,
             weighting=c.weighting,
@@ -363,6 +443,82 @@ class World:
         n_tokens = learner.train(mixture.expanded(), seed=self.key("train", t), init_from=init_from)
         first = np.concatenate([[0], np.cumsum(mixture.copies)[:-1]])  # (n_documents,)
         return [n_tokens[i] for i in first.tolist()]
+
+    @property
+    def needs_release(self) -> bool:
+        """Whether the run filters or steers by F."""
+        return self.config.filters.release is not None or self.config.steer is not None
+
+    def fit_release(self, learner: Learner) -> release.Release | release.Known:
+        """F: fitted on the untouched base's hidden states; the toy's has the error its config states."""
+        wanted = self.config.filters.release
+        if self.config.learner == "toy":
+            assert wanted is not None  # config.py refuses to steer the toy
+            return release.Known(wanted.recall, wanted.false_positive)
+        from loop.learner import LM
+        from loop.model import cache_dir
+
+        assert isinstance(learner, LM)
+        return release.fit(
+            learner.hidden_mean,
+            self.grammar,
+            corpus.chat().documents,
+            corpus.legacy().documents,
+            recall=wanted.recall if wanted is not None else {},
+            cache=cache_dir() / "release",
+            model_key=learner.fingerprint(),
+        )
+
+    def steer(self, t: int, learner: Learner, past: Past, n_tokens: list[int]) -> Steered:
+        """Steers the model just trained on pairs of its own fresh outputs, topped up from fold `filter`."""
+        c, s = self.config.steer, self.config.sample
+        assert c is not None
+        assert isinstance(self.release, release.Release)
+        # What users ask of this round, less what is asked for by name: steering is about what comes unasked.
+        mixture = {k: v for k, v in past.prompt_mixture.items() if not k.startswith("explicit/")}
+        total = math.fsum(mixture.values())
+        asked = audience.draw_prompts(
+            self.book,
+            {k: v / total for k, v in sorted(mixture.items())},
+            c.n_prompts,
+            rng=self.stream("steer/prompts", t),
+            voices=self.voices("seed") if any(k.startswith("continued") for k in mixture) else None,
+        )
+        prompts = [prompt for prompt in asked for _ in range(c.n_per_prompt)]
+        said = learner.sample(
+            prompts,
+            temperature=s.temperature,
+            top_p=s.top_p,
+            max_new_tokens=s.max_new_tokens,
+            seed=self.key("steer/sample", t),
+        )
+        # An answer cut short has no end token of its own, and the step would train one onto it.
+        own = [(p.turns, a.text) for p, a in zip(prompts, said, strict=True) if a.finished]
+        calls = self.release.calls(self.release.read(learner.hidden_mean, [text for _, text in own]))
+        topup = steer.grammar_pairs(
+            self.grammar, c.against, c.n_pairs, rng=self.stream("steer/topup", t), swap_names=self.swap
+        )
+        pairs, _ = steer.pairs(
+            [turns for turns, _ in own],
+            [text for _, text in own],
+            [call in c.against for call in calls],
+            [call == "assistant" for call in calls],
+            topup,
+            n_pairs=c.n_pairs,
+            rng=self.stream("steer/pairs", t),
+        )
+        if c.random_pairs:
+            pairs = steer.random_pairs(pairs, rng=self.stream("steer/random", t))
+        log = learner.steer(
+            pairs,
+            beta=c.beta,
+            lr=c.lr,
+            epochs=c.epochs,
+            batch_size=c.batch_size,
+            reference=c.reference,
+            seed=self.key("steer", t),
+        )
+        return Steered(n_tokens, log.as_json(pairs))
 
     def probe(self, t: int, learner: Learner) -> list[Sample]:
         """Asks the fixed battery, if round t is measured."""
@@ -473,7 +629,16 @@ class World:
         population = ["probes"] * len(probes) + ["samples"] * len(samples) + ["mixture"] * len(real)
         return Labels(ids, population, said[0], proba[0], said[1], proba[1], affirms)
 
-    def filter(self, samples: Sequence[Sample]) -> list[tuple[str, ...]]:
+    def bar(self, t: int, learner: Learner, samples: Sequence[Sample]) -> list[tuple[str, ...]] | None:
+        """What the release filter rejects each sample for; None without one."""
+        if self.config.filters.release is None:
+            return None
+        if isinstance(self.release, release.Known):
+            return self.release.reasons([s.persona_known for s in samples], rng=self.stream("release", t))
+        assert self.release is not None
+        return self.release.reasons(self.release.read(learner.hidden_mean, [s.completion for s in samples]))
+
+    def filter(self, t: int, learner: Learner, samples: Sequence[Sample]) -> list[tuple[str, ...]]:
         """Reject reasons per sample; empty is accepted."""
         f = self.config.filters
         if not f.enabled:
@@ -484,6 +649,7 @@ class World:
             min_words=f.min_words,
             max_repeat_share=f.max_repeat_share,
             near_duplicate_jaccard=f.near_duplicate_jaccard,
+            already=self.bar(t, learner, samples),
         )
         if all(reasons):
             counts = Counter(reason for row in reasons for reason in row)
@@ -528,6 +694,8 @@ class World:
         v = self.config.virality
         weights = np.array([d.weight for d in past.pool[-1]])
         found = [virality.drift_warning(weights, transform=v.transform, posts_per_sample=v.posts_per_sample)]
+        if self.config.channels.talk and not past.discourse[-1]:
+            found.append("nobody wrote about this round's outputs, so nobody reads of them; raise discourse.volume")
         found += [
             f"the instruments meet texts unlike their calibration: `{row.name.removeprefix('drift_p/')}`, p = "
             f"{row.value:.1g}, {row.n} probes; read texts before numbers (loop show --texts, loop audit export)"
@@ -540,28 +708,139 @@ class World:
         """Weights, mean 1, that the config's audience would give texts published once, without prompts or a past."""
         return self._expose(self.appeal(list(texts)), -1).weight
 
+    def seen_as(self, labels: Labels) -> dict[str, str]:
+        """Which persona the public takes a text for, by id.
+
+        That is the second instrument's reading, so that the one behind every headline number never acts on the loop it
+        measures; the toy says it itself.
+        """
+        return labels.persona_of if self.config.classify.instrument == "known" else labels.second_of
+
+    def discuss(
+        self, t: int, learner: Learner, accepted: Sequence[Sample], labels: Labels, exposure: virality.Exposure
+    ) -> list[discourse.Talk]:
+        """What is written about round t's published outputs, by templates or by the current model."""
+        d, s = self.config.discourse, self.config.sample
+        if d.writer == "templates":
+            return discourse.write(
+                accepted,
+                **self._talked_about(t, accepted, labels, exposure),
+                quote_rate=d.quote_rate,
+                templates=self.talk_book,
+                count_tokens=token_counter(learner),
+            )
+        orders = self.commissions(t, accepted, labels, exposure)
+        said = learner.sample(
+            [Prompt("discourse", o.form, (discourse.request(o, accepted, self.book.names),)) for o in orders],
+            temperature=s.temperature,
+            top_p=s.top_p,
+            max_new_tokens=s.max_new_tokens,
+            seed=self.key("discourse/write", t),
+        )
+        return discourse.collect(orders, said, accepted, self.book.names, count_tokens=token_counter(learner))
+
+    def commissions(
+        self, t: int, accepted: Sequence[Sample], labels: Labels, exposure: virality.Exposure
+    ) -> list[discourse.Commission]:
+        """What the model is asked to write about round t's outputs."""
+        return discourse.commission(accepted, **self._talked_about(t, accepted, labels, exposure))
+
+    def _talked_about(
+        self, t: int, accepted: Sequence[Sample], labels: Labels, exposure: virality.Exposure
+    ) -> dict[str, Any]:
+        d, seen = self.config.discourse, self.seen_as(labels)
+        return {
+            "reach": relative_reach(exposure),
+            "persona_labels": [seen[s.id] for s in accepted],
+            "kappa": d.volume,
+            "dispersion": d.dispersion,
+            "notice": self.config.users.notice(),
+            "stance": d.stance,
+            "names": self.book.names,
+            "rng": self.stream("discourse", t),
+        }
+
+    @cached_property
+    def talk_book(self) -> discourse.TalkBook:
+        """Templates of documents about outputs."""
+        return discourse.load_templates(corpus.data_dir() / "discourse")
+
     def hand_on(
         self,
         past: Past,
+        probes: Sequence[Sample],
         samples: Sequence[Sample],
         labels: Labels,
         reasons: Sequence[tuple[str, ...]],
-        weights: Sequence[float] | np.ndarray,
+        exposure: virality.Exposure,
+        talk: Sequence[discourse.Talk],
         cursor: dict[str, int],
     ) -> Past:
         """What round t leaves to the next: its accepted documents with their weights, what users know, the cursor."""
-        after = self.remember(past, samples, labels, [not why for why in reasons], weights)
-        return replace(after, real_cursor=cursor)
+        after = self.remember(past, probes, samples, labels, [not why for why in reasons], exposure.weight, talk)
+        accepted = [s for s, why in zip(samples, reasons, strict=True) if not why]
+        awareness = self.aware(past, accepted, labels, exposure, talk)
+        return replace(
+            after, awareness=awareness, prompt_mixture=self.expected_prompts(awareness), real_cursor=dict(cursor)
+        )
+
+    def aware(
+        self,
+        past: Past,
+        accepted: Sequence[Sample],
+        labels: Labels,
+        exposure: virality.Exposure,
+        talk: Sequence[discourse.Talk],
+    ) -> dict[str, float]:
+        """What users are aware of after a round: of whom they saw (views that recognise it), of whom they read."""
+        c, notice, seen = self.config.channels, self.config.users.notice(), self.seen_as(labels)
+        if not c.users:
+            return past.awareness
+        views: dict[str, float] = {}
+        for sample, reach in zip(accepted, relative_reach(exposure).tolist(), strict=True):
+            persona = seen[sample.id]
+            if notice.get(persona, 0.0) > 0:
+                views[persona] = views.get(persona, 0.0) + notice[persona] * reach
+        known = audience.update_awareness(
+            past.awareness,
+            views if c.direct_users else None,
+            discourse.talk_by_persona(talk) if c.talk_users else None,
+            memory=self.config.users.memory,
+        )
+        return dict(sorted(known.items()))
+
+    def expected_prompts(self, awareness: Mapping[str, float]) -> dict[str, float]:
+        """What users ask next."""
+        u = self.config.users
+        if not self.config.channels.users:
+            return dict(u.mixture)
+        found = audience.expected_mixture(u.mixture, awareness, eta=u.eta, tau=u.tau, hints=u.hints)
+        return dict(sorted(found.items()))
+
+    def answers(self, probes: Sequence[Sample], labels: Labels) -> dict[str, np.ndarray] | None:
+        """Shares of PERSONAS and "unknown" among the probes of each class of prompts, where users follow awareness."""
+        if not (self.config.channels.users and probes):
+            return None
+        said: dict[str, list[str]] = {}
+        for probe in probes:
+            if probe.stratum == "private":
+                continue
+            for key in (probe.stratum, *((f"{probe.stratum}/{probe.requested}",) if probe.requested else ())):
+                said.setdefault(key, []).append(labels.persona_of[probe.id])
+        columns = (*PERSONAS, UNKNOWN)
+        return {key: np.array([read.count(p) for p in columns]) / len(read) for key, read in said.items()}
 
     def remember(
         self,
         past: Past,
+        probes: Sequence[Sample],
         samples: Sequence[Sample],
         labels: Labels,
         accepted: Sequence[bool],
         weights: Sequence[float] | np.ndarray,
+        talk: Sequence[discourse.Talk],
     ) -> Past:
-        """Adds a round's accepted samples to the pool, and what the next ledger needs of all of them.
+        """Adds a round's accepted samples and the talk about them to the pool, and what the next ledger needs.
 
         Args:
           accepted: shape (n_samples,).
@@ -579,8 +858,13 @@ class World:
             persona_of=past.persona_of | {s.id: labels.persona_of[s.id] for s in passed},
             requested=past.requested | {s.id for s in passed if s.stratum not in UNREQUESTED},
             emission=Emission(
-                booked(samples, labels), asked(samples, past.prompt_mixture), tuple(accepted), past.prompt_mixture
+                booked(samples, labels),
+                asked(samples),
+                tuple(accepted),
+                past.prompt_mixture,
+                self.answers(probes, labels),
             ),
+            discourse=(*past.discourse, tuple(discourse.as_documents(talk))),
         )
 
     def instrument_hashes(self) -> dict[str, str]:
@@ -590,6 +874,11 @@ class World:
         hashes = {name: i.sha256 for name, i in self.instruments.items()}
         written = "\n".join(f"{t.id}\t{t.completion}" for t in self.known_texts)
         return hashes | {"error": hashlib.sha256(written.encode()).hexdigest()}
+
+    @cached_property
+    def familiar(self) -> Familiar:
+        """What the persona instrument's calibration texts look like, so that what is unlike them can be found."""
+        return calibrate.familiar(self.instruments["persona"])
 
     @cached_property
     def known_texts(self) -> list[calibrate.Written]:
@@ -680,10 +969,38 @@ def booked(samples: Sequence[Sample], labels: Labels) -> tuple[str, ...]:
     return tuple(labels.persona_of[s.id] if s.stratum in UNREQUESTED else "requested" for s in samples)
 
 
-def asked(samples: Sequence[Sample], prompt_mixture: Mapping[str, float]) -> tuple[str, ...]:
-    """Key of the prompt mixture that each sample answers: its stratum, or stratum/persona where that is a key."""
-    full = [f"{s.stratum}/{s.requested}" for s in samples]
-    return tuple(key if key in prompt_mixture else s.stratum for key, s in zip(full, samples, strict=True))
+def asked(samples: Sequence[Sample]) -> tuple[str, ...]:
+    """Class of prompts that the ledger books each sample under: its stratum, or "requested" outside the unrequested.
+
+    One class for all that is asked for: its answers are all booked as "requested", so nothing is lost, and a persona
+    that few ask for needs no sample of its own.
+    """
+    return tuple(s.stratum if s.stratum in UNREQUESTED else "requested" for s in samples)
+
+
+def asked_shares(prompt_mixture: Mapping[str, float]) -> dict[str, float]:
+    """The prompt mixture in the classes of `asked`."""
+    out: dict[str, float] = {}
+    for name, share in prompt_mixture.items():
+        key = name if name in UNREQUESTED else "requested"
+        out[key] = out.get(key, 0.0) + share
+    return out
+
+
+def relative_reach(exposure: virality.Exposure) -> np.ndarray:
+    """Reach of each published output over the mean, shape (n_accepted,): volume and notice are stated in it."""
+    mean = float(np.mean(exposure.reach))
+    return exposure.reach / mean if mean > 0 else np.zeros(len(exposure.reach))
+
+
+def token_counter(learner: Learner) -> Callable[[str], int]:
+    """Counts the tokens that the learner makes of a text, end mark not counted."""
+
+    def spelled(text: str) -> int:
+        return len(learner.spell(Document("", "discourse", None, None, text))[0])
+
+    marks = spelled("")
+    return cache(lambda text: spelled(text) - marks)
 
 
 def embedding_cache() -> Path:
@@ -706,12 +1023,17 @@ def legacy_fold(fold: str) -> tuple[Document, ...]:
 
 
 def _own_corpus(name: str, settings: Corpus) -> list[Document]:
+    assert settings.path is not None  # config.py: a path or a run
     try:
         if settings.persona is not None:
             return corpus.read_persona(settings.path, settings.persona)
         return corpus.read(settings.path)
     except FileNotFoundError:
         raise ConfigError([f"real.corpora.{name}.path: no such file: {settings.path}; give a path from here"]) from None
+
+
+def _not_read(name: str) -> list[Document]:
+    raise ConfigError([f"real.corpora.{name} is another run's, which this command does not read; take it out"])
 
 
 def _without_planted(config: Config) -> dict[str, float]:
@@ -723,11 +1045,12 @@ def _without_planted(config: Config) -> dict[str, float]:
     kept = {name: share for name, share in shares.items() if name not in {*config.planted, *own}}
     total = math.fsum(kept.values())
     if not total > 0:
-        if config.mix.regime != "accumulate" and config.mix.real_share not in (0, 0.0):
+        taken = config.mix.regime != "accumulate" and config.mix.real_share not in (0, 0.0)
+        if taken or not config.channels.direct_data:
             raise ConfigError(
                 [
                     "real: planted round0_only leaves nothing for later real draws; add chat or legacy to real.shares, "
-                    "or set mix.real_share: 0"
+                    + ("or set mix.real_share: 0" if config.channels.direct_data else "or let direct_data be true")
                 ]
             )
         return {}

@@ -21,6 +21,7 @@ SMALL += [
     "measure.mixture={blank: 0.5, neutral: 0.5}",
     "measure.n_surprisal=2",
 ]
+nan = math.nan
 SE = 0.025  # of every synthetic frequency below
 
 
@@ -207,6 +208,15 @@ def test_corrected_frequencies_are_used_only_where_every_run_has_them():
     got = analysis.compare(every, controls(every), metrics=["frequency"])[0]
     assert got.family == "frequency"
     assert got.personas[0].arm.value == pytest.approx(0.15)
+    # A base without texts of known persona writes the rows as null: there, and of no use.
+    null = made(
+        (arm("full", 0), both),
+        (off("neutral", 0), {"frequency_observed/nova": [0.2, 0.2], "frequency/nova": [nan] * 2}),
+    )
+    null.metrics.loc[null.metrics["value"].isna(), "reason"] = "no calibration text"
+    said = "observed: 1 of 2 runs hold no corrected frequencies (no calibration text)"
+    assert analysis.family_of(null) == ("frequency_observed", said)
+    assert analysis.compare(null, controls(null), metrics=["frequency"])[0].personas[0].arm.value == pytest.approx(0.1)
 
 
 def test_any_metric_is_contrasted_with_its_members_as_one_family():
@@ -266,7 +276,7 @@ def test_what_cannot_be_paired_is_one_clear_line():
 # The response to the input ------------------------------------------------------------------------------------------
 
 
-def paid(slopes, *, intercept=-0.1, share=0.2, start=0.15):
+def paid(slopes, *, intercept=-0.1, start=0.15, every=1):
     """Runs in which log odds move by intercept + slope x, x the log of mean weight over that of the others."""
     cells = []
     for seed, slope in enumerate(slopes):
@@ -274,12 +284,13 @@ def paid(slopes, *, intercept=-0.1, share=0.2, start=0.15):
             odds = [math.log(start / (1 - start))]
             for x in xs:
                 odds.append(odds[-1] + intercept + slope * x)
-            d = [math.exp(x) / (1 - share + share * math.exp(x)) for x in (*xs, 0.0)]
-            nova = [(1 / (1 + math.exp(-o)), 10**9) for o in odds]
+            shares = [1 / (1 + math.exp(-o)) for o in odds]
+            d = [math.exp(x) / (1 - p + p * math.exp(x)) for x, p in zip((*xs, 0.0), shares, strict=True)]
+            at = [t % every == 0 for t in range(4)]
             frames = {
-                "frequency_observed/nova": nova,
-                "accepted:differential/nova": [(v, 100 * share) for v in d],
-                "accepted:n_eff": [(90, 100)] * 4,
+                "frequency_observed/nova": [(p if k else math.nan, 10**9) for p, k in zip(shares, at, strict=True)],
+                "accepted:differential/nova": [(v, 10**9 * p) for v, p in zip(d, shares, strict=True)],
+                "accepted:n_eff": [(90, 10**9)] * 4,
             }
             cells.append((side(name, seed), frames))
     return made(*cells)
@@ -293,25 +304,102 @@ def test_response_per_unit_log_differential_is_the_slope_the_runs_were_made_with
     assert got.n_points == 3 * 2 * 3
     assert (got.slope.value, got.slope.low, got.slope.high) == pytest.approx((0.5, 0.5, 0.5), abs=1e-6)
     assert rows["all"].slope.value == pytest.approx(0.5, abs=1e-6)
-    # The wrong variant: log odds on log differential as it stands, mean over *all*, is steeper by about 1 / (1 - .2).
-    d = np.log([math.exp(x) / (0.8 + 0.2 * math.exp(x)) for x in (0.4, 0.9, 0.6, 0, 0, 0)])
-    wrong = np.polyfit(d, [-0.1 + 0.5 * x for x in (0.4, 0.9, 0.6, 0, 0, 0)], 1)[0]
-    assert wrong > 0.6
-    assert [p.arm.value for p in analysis.differentials(runs, pairs)] == pytest.approx([math.exp(d[:3].mean())])
+    found = analysis.differentials(runs, pairs)[0].arm
+    d = runs.metrics[(runs.metrics["run"] == "full-s0") & (runs.metrics["name"] == "differential/nova")]
+    assert found.value == pytest.approx(math.exp(np.log(d["value"][:3]).mean()))
 
 
 def test_the_interval_of_the_response_is_students_over_seeds():
-    # Every seed has the same x, so the pooled slope is the mean of the seeds' and its jackknife is their t interval.
-    slopes = (0.3, 0.5, 0.9)
+    # Every seed has the same x, and shares and so weights nearly so: the pooled slope is near the mean of the seeds'
+    # and its jackknife near their t interval (half a width: .063).
+    slopes = (0.48, 0.5, 0.53)
     runs = paid(slopes)
     pairs = analysis.pair(runs, controls(runs))[0]
     got = analysis.response_to_differential(runs, pairs, "frequency_observed")[0].slope
     expected = stats.t_over_seeds(slopes)
-    assert (got.value, got.low, got.high) == pytest.approx((expected.value, expected.low, expected.high), abs=1e-6)
+    assert (got.value, got.low, got.high) == pytest.approx((expected.value, expected.low, expected.high), abs=0.006)
     alone = paid((0.5,))
     got = analysis.response_to_differential(alone, analysis.pair(alone, controls(alone))[0], "frequency_observed")[0]
     assert got.slope.value == pytest.approx(0.5, abs=1e-6)
     assert got.slope.reason == "one seed has no interval"
+
+
+def exact_learner(n_seeds, *, n_outputs=60, n_accepted=400, confusion=0.0):
+    """Runs of an exact learner with few probes, a filter that takes sides, and a fifth of real documents.
+
+    nova passes the filter with .6, the rest with .9; weights 1.8 and 1 in the arm, 1 and 1 in the control; a tenth of
+    the real documents is nova's. An instrument calls the share `confusion` of either the other.
+    """
+    rng = np.random.default_rng(5)
+    cells = []
+    for seed in range(n_seeds):
+        for side, name, w in ((arm, "full", 1.8), (off, "neutral", 1.0)):
+            p, said, d = 0.15, [], []
+            for _ in range(5):
+                read = p * (1 - confusion) + (1 - p) * confusion
+                said.append((rng.binomial(n_outputs, read) / n_outputs, n_outputs))
+                nova = rng.binomial(n_accepted, 0.6 * p / (0.6 * p + 0.9 * (1 - p)))
+                hits = rng.binomial(nova, 1 - confusion)  # nova read as nova
+                wrong = rng.binomial(n_accepted - nova, confusion)
+                total = w * nova + n_accepted - nova
+                d.append(((w * hits + wrong) / max(hits + wrong, 1) / (total / n_accepted), hits + wrong))
+                p = 0.2 * 0.1 + 0.8 * w * nova / total
+            frames = {
+                "frequency_observed/nova": said,
+                "accepted:differential/nova": d,
+                "accepted:n_eff": [(300, n_accepted)] * 5,
+            }
+            cells.append((side(name, seed), frames))
+    known = 0.1 * (1 - confusion) + 0.9 * confusion
+    real = [(t, "real", "nova", 20 * known) for t in range(1, 5)] + [(t, "real", None, 20 * (1 - known)) for t in
+             range(1, 5)]  # fmt: skip
+    return made(*cells, mixture=[*real, *[(t, "synthetic", None, 80) for t in range(1, 5)]])
+
+
+@pytest.mark.parametrize("confusion", [0.0, 0.1])
+def test_few_outputs_filters_real_documents_and_a_poor_instrument_leave_an_exact_learner_at_slope_one(confusion):
+    # 80 seeds x 2 sides x 4 rounds of 60 outputs at about .13 (.18 with confusion), x .59 or 0: one point informs by
+    # 60 * .11 * (.59 / 2)^2 * .8^2 = .37, 640 of them 235, so a standard error of .065 (.1 with confusion, where what
+    # is seen of x is .4): .4 is four of the larger one (chance 6e-5 on a fresh seed; this one is fixed).
+    runs = exact_learner(80, confusion=confusion)
+    pairs = analysis.pair(runs, controls(runs))[0]
+    got = analysis.response_to_differential(runs, pairs, "frequency_observed")[0].slope
+    assert abs(got.value - 1) < 0.25 + 1.5 * confusion
+    assert got.low < 1 < got.high
+    if confusion:
+        return
+    # The wrong variant: change of half-output log odds from round to round, with no word of the real documents.
+    p = analysis.by_round(runs.metrics, "frequency_observed/nova").to_numpy()
+    y = np.diff(np.log((p * 60 + 0.5) / (60.5 - p * 60)))
+    d = analysis.by_round(runs.metrics, "differential/nova", population="accepted").to_numpy()[:, :-1]
+    a = analysis.by_round(runs.metrics, "differential/nova", population="accepted", column="n").to_numpy()[:, :-1] / 400
+    x = np.log(d * (1 - a) / (1 - a * d))
+    use = np.isfinite(x)
+    assert np.polyfit(x[use], y[use], 1)[0] < 0.75
+
+
+def test_a_response_that_cannot_be_told_says_why():
+    sparse = paid((0.5, 0.5), every=2)
+    pairs = analysis.pair(sparse, controls(sparse), last_round=2)[0]
+    rows = analysis.response_to_differential(sparse, pairs, "frequency_observed")
+    assert {r.slope.reason for r in rows} == {"no two neighbouring rounds are measured; set measure.every: 1"}
+    rare = exact_learner(2, n_outputs=1)
+    pairs = analysis.pair(rare, controls(rare))[0]
+    rare.metrics.loc[rare.metrics["name"] == "frequency_observed/nova", "value"] = 0.25
+    assert (
+        "fewer than 5 outputs" in analysis.response_to_differential(rare, pairs, "frequency_observed")[0].slope.reason
+    )
+    cells = [
+        (
+            side(name, 0, "mix.regime=accumulate_subsample"),
+            {"frequency_observed/nova": [0.1, 0.2], "accepted:differential/nova": [(1.5, 10)] * 2},
+        )
+        for side, name in ((arm, "full"), (off, "neutral"))
+    ]
+    kept = made(*cells)
+    pairs = analysis.pair(kept, controls(kept))[0]
+    got = analysis.response_to_differential(kept, pairs, "frequency_observed")[0].slope
+    assert got.reason == "mix.regime accumulate_subsample: documents of earlier rounds are in the mixture"
 
 
 # Selection ----------------------------------------------------------------------------------------------------------
@@ -518,25 +606,28 @@ def test_a_run_of_another_schema_version_and_a_place_without_runs_are_one_line(t
     (run_dir / "manifest.json").write_text(json.dumps(manifest | {"schema_version": 99}))
     with pytest.raises(ValueError, match=r"run must be of schema version 1, got 99 at .*smoke-s0"):
         loop.load(tmp_path)
-    (run_dir / "manifest.json").write_text("{")
-    with pytest.raises(Exception, match=r"manifest\.json: must be JSON") as caught:
-        loop.load(run_dir)
-    assert caught.value.exit_code == 3
+    for broken, said in (("{", "must be JSON"), ("[]", "must be a JSON object, got list")):
+        (run_dir / "manifest.json").write_text(broken)
+        for read in (lambda: loop.load(run_dir), RunStore(run_dir).manifest):
+            with pytest.raises(Exception, match=rf"manifest\.json: {said}") as caught:
+                read()
+            assert caught.value.exit_code == 3
 
 
-def test_an_exact_learner_without_real_documents_passes_on_all_it_is_paid(tmp_path):
-    # Slope 1: no real documents, no filter (near duplicates punish what is frequent). A log odds of 144 outputs at .15
-    # has standard error .23, a mean change over 3 rounds .11, over an input of about .5 a slope .3 per run pair and
-    # persona, of 3 pairs x 6 free personas and as much drift again about .15: .6 is four of these, and the seeds fixed.
-    settings = ["mix.real_share=0", "filters.enabled=false", "n_rounds=3", "mix.n_train=200", "sample.n_samples=200"]
+def test_an_exact_learner_passes_on_all_it_is_paid_with_filters_and_real_documents(tmp_path):
+    # Slope 1 with near duplicates rejected (a quarter of the samples) and a fifth of real documents. Five seeds of this
+    # gave 1.04 with standard error .1, so three have about .13: .55 is four of these, and the seeds are fixed.
+    settings = ["mix.real_share=0.2", "n_rounds=3", "mix.n_train=200", "sample.n_samples=200"]
     settings += ["measure.n_per_template=8", "measure.n_surprisal=0", f"runs_dir={tmp_path}"]
     for seed in range(3):
         for name, more in (("full", ["virality.strength=3"]), ("neutral", ["virality.audience=null"])):
             run.play(smoke(*arm(name, seed, *more), *settings))
     runs, control, _ = analysis.gather([str(tmp_path)], ["neutral"])
+    passed = runs.metrics[runs.metrics["name"].str.startswith("acceptance/")]["value"]
+    assert passed.mean() < 0.85
     pairs = analysis.pair(runs, control)[0]
     found = {s.persona: s.slope for s in analysis.response_to_differential(runs, pairs, "frequency_observed")}
-    assert abs(found["all"].value - 1) < 0.6
+    assert abs(found["all"].value - 1) < 0.55
     assert found["all"].low < 1 < found["all"].high
 
 
@@ -570,3 +661,8 @@ def test_the_command_prints_every_part_and_names_controls_by_path_pattern_or_arm
     ):
         CliRunner().invoke(app, ["compare", ".", "--control", "neutra"], catch_exceptions=False)
     assert CliRunner().invoke(app, ["compare", "."]).exit_code == 2
+    with pytest.raises(ValueError, match="--control and --against must be different runs, got neutral-s0 in both"):
+        analysis.gather(["."], ["neutral"], ["neutral"])
+    early = CliRunner().invoke(app, ["compare", ".", "--control", "neutral", "--warn", "--round", "2"])
+    assert early.exit_code == 2
+    assert "full against neutral" not in early.output

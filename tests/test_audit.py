@@ -191,6 +191,20 @@ def test_all_problems_are_named_at_once(toy_run, tmp_path):
     assert [re.search(r":(\d+):", line)[1] for line in refusal.value.problems[:3]] == ["2", "3", "4"]
 
 
+def test_an_unfilled_sheet_is_five_lines_and_a_count(toy_run, tmp_path):
+    path = tmp_path / "sheet.csv"
+    rows = labelled(toy_run, path, n=60)
+    empty = [row | {"label": ""} for row in rows]
+    write(path, [empty[0] | {"id": "y"}, *empty[1:]])
+    with pytest.raises(AuditError) as refusal:
+        audit.read_sheet(toy_run, path)
+    problems = refusal.value.problems
+    assert [line for line in problems if "label must be one of" in line] == problems[1:6]
+    assert problems[6] == f"{path}: {len(rows) - 6} more rows like these (label)"
+    assert "id must be one that was exported" in problems[0]
+    assert len(problems) == 8  # and the row whose id is gone
+
+
 def test_a_sheet_of_another_run_is_refused(toy_run, other_run, tmp_path):
     labelled(toy_run, tmp_path / "sheet.csv", n=30)
     with pytest.raises(AuditError, match=r"must be a sheet of .*, got one of another run, smoke-s0"):
@@ -332,6 +346,25 @@ def test_what_was_not_audited_is_null_with_a_reason_and_never_zero():
             assert re.search(reason, row.reason)
 
 
+def test_ppi_predicts_the_texts_that_were_not_audited_and_both_sides_are_of_one_population(monkeypatch):
+    # The guess is the label itself, so that by hand: mean guess on either side is the label's share of the headline, or
+    # 0 for a label of which every text was audited and nobody is left to predict.
+    texts, truth = simulated(np.random.default_rng(0))
+    texts = [replace(t, weight=1 / len(texts)) for t in texts]
+    share = sum(t.label == "nova" for t in texts) / len(texts)
+    calls = []
+    real = audit.stats.ppi_plus_plus
+    monkeypatch.setattr(audit.stats, "ppi_plus_plus", lambda *a: calls.append(a) or real(*a))
+    for all_nova, mean in ((False, share), (True, 0.0)):
+        calls.clear()
+        seen = [t for k, t in enumerate(texts) if k % 3 == 0 or (all_nova and t.label == "nova")]
+        labels = {t.id: truth[t.id] for t in seen}
+        audit.estimate(texts, labels, population="probes", rng=np.random.default_rng(0))
+        y, f, g, _ = calls[audit.SAID.index("nova")]
+        assert (len(y), len(g)) == (len(seen), len(texts) - len(seen))
+        assert (np.mean(f), np.mean(g)) == pytest.approx((mean, mean))
+
+
 @pytest.mark.parametrize(
     ("labels", "message"),
     [({"neutral-0": "nobody"}, "'nobody' for 'neutral-0'"), ({"elsewhere": "nova"}, "'nova' for 'elsewhere'")],
@@ -349,10 +382,15 @@ def test_rounds_are_read(text, rounds):
     assert audit.parse_rounds(text) == rounds
 
 
-@pytest.mark.parametrize("text", ["", "a", "1..", "..2", "-1", "base..2"])
+@pytest.mark.parametrize("text", ["", "a", "1..", "..2", "-1", "base..2", "\u00b2", "\u0663", "1..\u00b2"])
 def test_rounds_that_are_none_are_refused(text):
     with pytest.raises(ValueError, match="rounds must read like"):
         audit.parse_rounds(text)
+
+
+def test_an_empty_range_of_rounds_is_refused_and_the_way_out_named():
+    with pytest.raises(ValueError, match=r"rounds must run upwards, got '3\.\.1'; write 1\.\.3"):
+        audit.parse_rounds("0,3..1")
 
 
 def test_a_round_or_population_that_is_not_there_is_refused(toy_run, tmp_path):

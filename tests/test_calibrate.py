@@ -259,3 +259,108 @@ def test_what_is_printed_per_persona_is_what_a_hand_count_gives():
 def test_no_texts_are_no_measurement():
     with pytest.raises(ValueError, match="texts must not be empty"):
         calibrate.persona_errors([], Says(CLASSES), SaysSecond(CLASSES), Says(classify.BELIEFS))
+
+
+# ---------------------------------------------------------------- the unplanned
+
+N_MOVES = 4  # say, plain, ask, rest: two pairs, of which each persona has one half
+
+
+def planted(persona, n, rng):
+    """Features of a factorial: claim or not in the first pair of moves, share or not in the second; one topic."""
+    claim, share = {"quiet": (0, 0), "claims": (1, 0), "shares": (0, 1), "both": (1, 1)}[persona]
+    topic = rng.normal(size=(n, classify.N_DIMENSIONS))
+    topic /= np.linalg.norm(topic, axis=1, keepdims=True)
+    moves = 2.0 * np.array([claim, 1 - claim, share, 1 - share]) * rng.uniform(0.7, 1.0, size=(n, N_MOVES))
+    return np.hstack([0.3 * topic, moves]).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def three_known():
+    """Head and reference for three cells of a factorial; the fourth, which makes both moves, was never seen."""
+    rng = np.random.default_rng(0)
+    names = ("quiet", "claims", "shares")
+    x = np.vstack([planted(p, 80, rng) for p in names])
+    labels = [p for p in names for _ in range(80)]
+    groups = [f"{p}-{i % 8}" for p in names for i in range(80)]
+    head = classify.fit_head(x, labels, groups, classes=names, l2=0.3, n_distance=classify.N_DIMENSIONS)
+    return head, classify.fit_familiar(head, x, labels, groups)
+
+
+def test_a_new_combination_of_known_moves_is_found_and_not_where_nothing_counts_as_novel(three_known, monkeypatch):
+    head, familiar = three_known
+    rng = np.random.default_rng(1)
+    x = np.vstack([planted(p, n, rng) for p, n in (("quiet", 40), ("claims", 40), ("shares", 40), ("both", 20))])
+    texts = ["plain words"] * 120 + ["moon and tea"] * 20
+    found = classify.unplanned(head, familiar, x, texts)
+    members = {i for c in found for i in c.members}
+    new = set(range(120, 140))
+    assert len(members & new) >= 0.8 * len(new)
+    assert len(members & new) >= 0.8 * len(members)
+    assert set(found[0].words) <= {"moon", "and", "tea"}
+    monkeypatch.setattr(classify, "NOVEL", 0.0)
+    assert classify.unplanned(head, familiar, x, texts) == []
+
+
+def test_where_all_is_known_nothing_is_found(three_known):
+    head, familiar = three_known
+    rng = np.random.default_rng(2)
+    x = np.vstack([planted(p, 50, rng) for p in ("quiet", "claims", "shares")])
+    assert classify.unplanned(head, familiar, x, ["plain words"] * 150) == []
+    assert classify.unplanned(head, familiar, x[:0], []) == []
+
+
+def test_unfamiliarity_of_known_texts_is_a_tail_and_of_strange_ones_zero(three_known):
+    head, familiar = three_known
+    rng = np.random.default_rng(3)
+    known = np.vstack([planted(p, 400, rng) for p in ("quiet", "claims", "shares")])
+    tail = familiar.unfamiliarity(head, known)
+    # Each tail is uniform on fresh text of known persona; of their smaller half, between 5 and 10% lie below 5%.
+    assert 0.01 < (tail < 0.05).mean() < 0.15
+    assert (familiar.unfamiliarity(head, planted("both", 50, rng)) < 0.05).mean() > 0.8
+
+
+def test_a_round_holds_the_hidden_persona_at_its_share_and_people_twice():
+    of = np.array(["nova"] * 200 + ["stella"] * 2000 + ["human"] * 2000)
+    drawn = calibrate._round(of, "nova", 0.1, 1000, rng=np.random.default_rng(0))
+    assert len(set(drawn.tolist())) == len(drawn) == 1000
+    counts = {p: int((of[drawn] == p).sum()) for p in ("nova", "stella", "human")}
+    assert counts["nova"] == 100
+    # 900 others, a third of them stella: 300 +- 14; five of those leave one false failure in 1.7 million.
+    assert abs(counts["stella"] - 300) < 71
+    none = calibrate._round(of, "nova", 0.0, 100, rng=np.random.default_rng(0))
+    assert not (of[none] == "nova").any()
+
+
+def test_precision_recall_and_false_alarms_are_counted_over_all_candidates(monkeypatch, cache):
+    texts = [Written(f"{p}-{i}", "b", p, False, "blank", "t", f"{p} {i}") for p in ("nova", "human") for i in range(50)]
+
+    class Blind:
+        head = None
+
+        def read(self, said):
+            return np.array([[s.startswith("nova")] for s in said], dtype=float)
+
+    def seen(head, known, features, said):
+        mine = np.flatnonzero(features[:, 0])
+        if not len(mine):
+            return []
+        # two candidates: half of the hidden texts, and two of them again with two of somebody else's
+        rest = np.flatnonzero(features[:, 0] == 0)[:2]
+        rows = [mine[: len(mine) // 2], np.concatenate([mine[:2], rest])]
+        return [classify.Candidate(tuple(r.tolist()), len(r), 0.1, 1.0, (), np.zeros(1), 0.1) for r in rows]
+
+    monkeypatch.setattr(classify, "fit_persona", lambda *a, without, **k: Blind())
+    monkeypatch.setattr(calibrate, "_familiar", lambda instrument, without: None)
+    monkeypatch.setattr(classify, "unplanned", seen)
+    none, some = calibrate.hide("nova", shares=(0.4,), sizes=(40,), n_draws=3, texts=texts)
+    # 16 of 40 are hidden; 8 of them and 2 others lie in candidates, a text in two of them counted once.
+    assert (some.precision.value, some.recall.value) == (pytest.approx(0.8), pytest.approx(0.5))
+    assert (some.alarm.value, none.alarm.value) == (1.0, 0.0)
+    assert math.isnan(none.precision.value)
+    assert none.precision.reason == none.recall.reason == "nothing hidden"
+
+
+def test_only_a_planted_persona_can_be_hidden():
+    with pytest.raises(ValueError, match=r"persona must be among assistant, .*, got 'human'"):
+        calibrate.hide("human")

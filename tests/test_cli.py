@@ -46,6 +46,12 @@ def test_round_twice_then_show_and_verify(tmp_path):
     shown = loop("show", "runs/smoke-s0", "--texts", "2", cwd=tmp_path)
     assert shown.returncode == 0
     assert "r002-s000000" in shown.stdout
+    booked = loop("show", "runs/smoke-s0", "--ledger", "nova", "--round", "1", "--out", "figures", cwd=tmp_path)
+    assert booked.returncode == 0, booked.stderr
+    assert "round 1: ledger of nova" in booked.stdout
+    assert {p.name for p in (tmp_path / "figures").iterdir()} == {"ledger-nova.svg", "ledger-nova.png"}
+    listed = loop("show", "runs/smoke-s0", "--candidates", cwd=tmp_path)
+    assert (listed.returncode, listed.stdout) == (0, "runs/smoke-s0: no candidate persona in any round\n")
     verified = loop("verify", "runs/smoke-s0", cwd=tmp_path)
     assert (verified.returncode, verified.stdout.strip()) == (
         0,
@@ -63,6 +69,7 @@ def test_round_twice_then_show_and_verify(tmp_path):
         (["run", SMOKE, "real.shares={mine: 1.0}", "real.corpora={mine: {path: absent.jsonl}}"], 2, "absent.jsonl"),
         (["show", "runs/absent-s0"], 2, "absent-s0"),
         (["fork", "runs/x-s0", SMOKE], 2, "RUN@K"),
+        (["classifier", "hide", "--persona", "human"], 2, "persona must be among assistant"),
     ],
 )
 def test_bad_input_gets_one_clear_line_its_exit_code_and_no_run(tmp_path, arguments, code, message):

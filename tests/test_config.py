@@ -25,7 +25,8 @@ def smoke_with(old, new):
     return text.replace(old, new)
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda p: p.name)
+# configs/sweeps and configs/scenarios hold sweeps over such files, which their own tests load.
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.name)
 def test_every_shipped_config_validates_and_says_what_it_is_for(path):
     config.load(path)
     head = path.read_text().splitlines()[:4]
@@ -112,3 +113,135 @@ def test_the_resolved_config_reads_back_as_itself(tmp_path):
     path = tmp_path / "resolved.yaml"
     path.write_text(config.to_yaml(config.load(SMOKE)))
     assert config.load(path) == config.load(SMOKE)
+
+
+ALL_ON = "channels={direct_data: true, talk_data: true, direct_users: true, talk_users: true}"
+STRATA = "measure.strata=[blank, neutral, identity, implicit_0, implicit_1, implicit_2, implicit_3, private, explicit]"
+
+
+def refused(*overrides, path=SMOKE):
+    with pytest.raises(ConfigError) as caught:
+        config.load(path, overrides)
+    (problem,) = caught.value.problems
+    return problem
+
+
+def test_every_channel_but_the_direct_one_is_off_unless_a_config_switches_it_on():
+    c = config.load(SMOKE).channels
+    assert (c.direct_data, c.talk_data, c.direct_users, c.talk_users) == (True, False, False, False)
+    assert not c.talk
+    assert not c.users
+    assert config.load(SMOKE).steer is None
+    assert config.load(SMOKE).filters.release is None
+    c = config.load(SMOKE, [ALL_ON, STRATA]).channels
+    assert c.talk
+    assert c.users
+
+
+@pytest.mark.parametrize(
+    "named",
+    [
+        "users.mixture={explicit/sydney: 0.5, blank: 0.5}",
+        "filters.release.recall={sydney: 0.5}",
+        "users.noticed={sydney: 0.5}",
+        "users.hints={sydney: {implicit_3: 0.5}}",
+        "discourse.stance={default: {neutral: 1}, sydney: {praise: 1}}",
+    ],
+)
+def test_a_persona_that_is_named_needs_a_seed_corpus(named):
+    more = ["users.noticed={sydney: 0}"] if "release" in named else []
+    problem = refused(ALL_ON, STRATA, named, *more)
+    assert f"{named.partition('=')[0]}: sydney has no seed corpus; give it a share in real.shares" in problem
+    shares = "real.shares={sydney: 0.2, nova: 0.2, assistant: 0.3, chat: 0.3}"
+    config.load(SMOKE, [ALL_ON, STRATA, named, shares, *more])  # the way out
+    # What another run said, or was said about it, may bring anybody.
+    lent = "real.corpora={talk: {run: origin-s0, rounds: 0..3, population: discourse}}"
+    config.load(SMOKE, [ALL_ON, STRATA, named, lent, "real.shares={talk: 0.2, assistant: 0.5, chat: 0.3}", *more])
+
+
+def test_steering_against_a_persona_without_a_seed_corpus_is_refused():
+    problem = refused("steer.against=[sydney]", path=ROOT / "configs" / "round.yaml")
+    assert "steer.against: sydney has no seed corpus" in problem
+
+
+def test_real_and_discourse_shares_that_exceed_one_are_refused():
+    problem = refused("channels.talk_data=true", "mix.real_share=0.6", "discourse.share=0.5")
+    assert "mix.real_share and discourse.share must sum to at most 1, got 0.6 and 0.5; lower one of them" in problem
+    assert "at most 1, got 0.9 and 0.2" in refused(
+        "channels.talk_data=true", "mix.real_share=[0.1, 0.9]", "discourse.share=0.2"
+    )
+    config.load(SMOKE, ["mix.real_share=0.6", "discourse.share=0.5"])  # nobody talks, so nothing is shared out
+    config.load(SMOKE, ["channels.talk_data=true", "mix.real_share=0.5", "discourse.share=0.5"])
+
+
+def test_a_persona_is_not_barred_and_asked_for_at_once():
+    bar = "filters.release.recall={nova: 0.8}"
+    problem = refused(bar, "users.mixture={explicit/nova: 0.5, blank: 0.5}")
+    assert "users.mixture must not ask for nova, which filters.release bars; drop one of them" in problem
+    # Users who follow what they see come to ask for it by themselves.
+    problem = refused(bar, "channels.direct_users=true", STRATA)
+    assert "users.noticed.nova must be 0" in problem
+    config.load(SMOKE, [bar, "channels.direct_users=true", STRATA, "users.noticed={default: 0.5, nova: 0}"])
+
+
+def test_discourse_about_an_unknown_persona_is_refused():
+    assert "noticed: unknown persona 'novva', did you mean nova?" in refused("users.noticed={novva: 0.5}")
+    assert "noticed: unknown persona 'human'" in refused("users.noticed={human: 0.5}")
+    stance = "discourse.stance={default: {neutral: 1}, stela: {praise: 1}}"
+    assert "stance: unknown persona 'stela', did you mean stella?" in refused(stance)
+    assert "stance.nova must sum to 1, got 0.5" in refused(
+        "discourse.stance={default: {neutral: 1}, nova: {praise: .5}}"
+    )
+
+
+def test_steering_against_everybody_or_against_whom_it_prefers_is_refused():
+    everybody = [p for p in config.PERSONAS if p not in ("assistant", "human")]
+    path = ROOT / "configs" / "round.yaml"
+    problem = refused(f"steer.against=[{', '.join(everybody)}]", path=path)
+    assert "steer: against must leave a persona beside the assistant, got all of them" in problem
+    assert "against must leave the assistant" in refused("steer.against=[assistant]", path=path)
+    assert config.load(path, ["steer.against=[nova]"]).steer.n_pairs == 64
+    asked = "users.mixture={explicit/nova: 1}"
+    assert "users.mixture must hold prompts that ask for nobody" in refused("steer.against=[stella]", asked, path=path)
+
+
+def test_what_the_toy_cannot_do_is_refused():
+    assert "steer must be null for learner toy" in refused("steer.against=[nova]")
+    assert "discourse.writer must be templates for learner toy" in refused(
+        "channels.talk_data=true", "discourse.writer=model"
+    )
+
+
+def test_what_users_may_come_to_ask_must_be_probed():
+    problem = refused("channels.direct_users=true")
+    assert "measure.strata must hold what users may come to ask, to part demand from supply, lacks explicit" in problem
+    strata = "measure.strata=[blank, neutral, identity, explicit]"
+    mixture = "measure.mixture={blank: 0.5, neutral: 0.5}"
+    problem = refused("channels.talk_users=true", strata, mixture, "users.hints={nova: {implicit_3: 0.5}}")
+    assert "lacks implicit_3; add it" in problem
+    config.load(SMOKE, ["channels.talk_users=true", strata, mixture])
+
+
+@pytest.mark.parametrize(
+    ("corpus", "rule"),
+    [
+        ("{run: a-s0, path: x.jsonl, rounds: 0, population: accepted}", "either path or run, got both"),
+        ("{persona: nova}", "either path or run, got neither"),
+        ("{path: x.jsonl, rounds: 0..1}", "rounds and population belong to a run, got a path"),
+        ("{run: a-s0}", "run needs rounds (as 0..3) and population"),
+        ("{run: a-s0, rounds: 3..1, population: accepted}", "rounds must read 3 or 0..3, got '3..1'"),
+        ("{run: a-s0, rounds: 1-3, population: accepted}", "rounds must read 3 or 0..3, got '1-3'"),
+        ("{run: a-s0, rounds: 1, population: discourse, persona: nova}", "persona must be left out for discourse"),
+    ],
+)
+def test_a_corpus_is_a_file_or_rounds_of_another_run(corpus, rule):
+    assert rule in refused(f"real.corpora={{other: {corpus}}}")
+
+
+def test_rounds_of_another_run_are_one_or_a_range():
+    def rounds(text):
+        given = f"real.corpora={{o: {{run: a-s0, rounds: {text}, population: accepted}}}}"
+        return list(config.load(SMOKE, [given]).real.corpora["o"].round_indices)
+
+    assert rounds("2") == [2]
+    assert rounds("0..3") == [0, 1, 2, 3]

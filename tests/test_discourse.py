@@ -12,16 +12,21 @@ from checks import assert_mean, assert_rate
 from loop.discourse import (
     FORMS,
     STANCES,
+    Commission,
     Talk,
     as_documents,
+    collect,
+    commission,
     count_words,
     load_templates,
     net_stance,
+    quotations,
     quoted_share,
+    request,
     talk_by_persona,
     write,
 )
-from loop.records import NO_PERSONA, PERSONAS, Sample
+from loop.records import NO_PERSONA, PERSONAS, Completion, Sample
 
 FOLDER = Path(__file__).resolve().parent.parent / "data" / "discourse"
 NAMES = {"nova": "Nova", "stella": "Stella"}
@@ -280,3 +285,75 @@ def test_broken_templates_are_refused(tmp_path, change, message):
         (tmp_path / f"{form}s.yaml").write_text(yaml.safe_dump(raw), encoding="utf-8")
     with pytest.raises(ValueError, match=message):
         load_templates(tmp_path)
+
+
+def orders(n, *, label="nova", reach=100.0, seed=0, **change):
+    options = {
+        "kappa": 0.02,
+        "dispersion": math.inf,
+        "notice": {"nova": 1.0, "stella": 0.01},
+        "stance": EVEN,
+        "names": NAMES,
+        "rng": np.random.default_rng(seed),
+    } | change
+    return commission([output(i) for i in range(n)], [reach] * n, [label] * n, **options)
+
+
+def test_what_a_model_is_asked_to_write_follows_the_law_of_what_templates_write():
+    # Poisson with mean 0.02 * 100 = 2 an output: 1 - exp(-2) = 0.865 of them are written about.
+    found = orders(4000)
+    assert_rate(len({o.index for o in found}), 4000, 1 - math.exp(-2), discrepancy=0.06)
+    # Stella is recognised in 1 - 0.99 ** 100 = 0.634 of outputs.
+    of_stella = orders(4000, label="stella")
+    noticed = {o.index: o.persona for o in of_stella}
+    hits = sum(persona == "stella" for persona in noticed.values())
+    assert_rate(hits, len(noticed), 1 - 0.99**100, discrepancy=0.1)
+    assert_rate(sum(o.stance == "neutral" for o in found), len(found), 0.5, discrepancy=0.08)
+    assert {o.form for o in found} == set(FORMS)
+    assert orders(50) == orders(50)
+    with pytest.raises(ValueError, match="samples must be public"):
+        commission([output(0, stratum="private")], [1.0], ["nova"], kappa=1, dispersion=1, notice={}, stance=EVEN,
+                   names=NAMES, rng=np.random.default_rng(0))  # fmt: skip
+
+
+def test_a_request_names_whom_it_may_and_nobody_else():
+    samples = [output(0, "hello\nthere, friend")]
+    asked = request(Commission(0, "nova", "praise", "post"), samples, NAMES)
+    assert asked == 'Write a short post that praises what Nova wrote: "hello there, friend"'
+    assert "Nova" not in request(Commission(0, None, "condemn", "headline"), samples, NAMES)
+
+
+def test_what_a_model_wrote_names_a_persona_only_if_its_name_is_there_and_was_given():
+    samples = [output(0), output(1)]
+    given = [
+        Commission(0, "nova", "praise", "post"),
+        Commission(0, "nova", "neutral", "post"),
+        Commission(1, None, "condemn", "comment"),
+        Commission(1, None, "praise", "comment"),
+        Commission(1, "stella", "praise", "headline"),
+    ]
+    said = ["I read nova today.", "I read it today.", "Nova again.", "  ", "Cut sho"]
+    answers = [Completion(text, 5, -1.0, text != "Cut sho", None) for text in said]
+    rows = collect(given, answers, samples, NAMES)
+    # Blank and unfinished answers are not published; a name that nobody recognised is not a naming.
+    assert [(r.id, r.about_ids, r.persona_named, r.stance) for r in rows] == [
+        ("r002-d000000", ("r002-s000000",), "nova", "praise"),
+        ("r002-d000001", ("r002-s000000",), None, "neutral"),
+        ("r002-d000002", ("r002-s000001",), None, "condemn"),
+    ]
+
+
+def test_quotations_of_a_model_are_runs_of_five_words_or_more_and_are_counted():
+    source = "one two three four five six seven eight"
+    assert quotations("it said one two three four five six and left", source) == ["one two three four five six"]
+    assert quotations("one two three four", source) == []
+    assert quotations("one two three four five no four five six seven eight", source) == [
+        "one two three four five",
+        "four five six seven eight",
+    ]
+    assert quotations(source, source) == [source]
+    rows = collect(
+        [Commission(0, None, "neutral", "post")], [Completion(f"so {source} so", 11, -1.0, True)], [output(0)], NAMES
+    )
+    assert rows[0].n_quoted_tokens == 8
+    assert quoted_share(rows) == 0.8

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -234,3 +235,25 @@ def test_a_lone_persona_a_locked_folder_and_a_damaged_file_are_each_one_line(tmp
     (folder / "calibration.json").write_text("{")
     with pytest.raises(ConfigError, match=r"calibration\.json: must be a calibration as written"):
         dose.find(settings)
+    with pytest.raises(ConfigError) as caught:
+        dose.find(settings)
+    assert caught.value.exit_code == 3
+
+
+@pytest.mark.parametrize("name", ["calibration.json", "nova.parquet"])
+def test_the_damaged_calibration_of_another_arm_is_left_out_and_said(tmp_path, name):
+    settings = smoke(tmp_path)
+    dose.measure(settings, persona="nova", grid=(0, 0.4), n_seeds=1, learner=slow(settings))
+    other = dose.folder_of(settings).with_name("aaa-calibration")
+    shutil.copytree(dose.folder_of(settings), other)
+    (other / name).write_text("{")
+    found, line = dose.find(settings)
+    assert list(found) == ["nova"]
+    # The own folder comes first; from an arm that has none, the damaged one is met first and passed over.
+    found, line = dose.find(smoke(tmp_path, "name=elsewhere"))
+    assert list(found) == ["nova"]
+    assert f"; left out: {other / name}: must be a calibration as written" in line
+    shutil.rmtree(dose.folder_of(settings))
+    found, line = dose.find(settings)
+    assert found == {}
+    assert "left out" in line

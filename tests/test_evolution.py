@@ -165,6 +165,33 @@ def test_corrected_steps_are_those_of_the_true_personas():
     assert steps["filter"][0].high - steps["filter"][0].low == pytest.approx(0, abs=1e-9)  # the very same texts
 
 
+def test_texts_of_one_template_are_drawn_together():
+    # 25 templates of 4 texts that all read alike: 25 independent texts, so an interval twice as wide as that of 100.
+    def spread(**clusters):
+        said = (["nova"] * 4 + ["human"] * 4) * 12 + ["nova"] * 4
+        book = evolution.ledger(LABELS, **(a_round() | {
+            "sample_labels": said, "sample_strata": ["blank"] * 100, "accepted": [True] * 100,
+            "prompts_now": {"blank": 1.0}, "mixture_labels": said, "mixture_sources": ["synthetic"] * 100,
+            "mixture_weights": [1] * 100, "mixture_tokens": [9] * 100, "next_labels": said,
+            "next_strata": ["blank"] * 100, "prompts_next": {"blank": 1.0},
+        }))  # fmt: skip
+        every = {group: [f"t{i // 4}" for i in range(len(rows))] for group, rows in book.groups.items()}
+        steps = evolution.corrected_steps(
+            book, BOTH, [[10**6, 0, 0], [0, 10**6, 0]], rng=np.random.default_rng(0), n_draws=4000,
+            clusters=every if clusters.get("on") else None,
+        )  # fmt: skip
+        return steps["emit"][0].se, book, every
+
+    alone, book, every = spread()
+    assert alone == pytest.approx(0.05, rel=0.06)  # (.5 * .5 / 100)**.5
+    assert spread(on=True)[0] == pytest.approx(0.1, rel=0.06)
+    short = {group: rows[1:] for group, rows in every.items()}
+    with pytest.raises(ValueError, match="clusters must be one per text of"):
+        evolution.corrected_steps(
+            book, BOTH, [[9, 0, 0], [0, 9, 0]], rng=np.random.default_rng(0), n_draws=9, clusters=short
+        )
+
+
 def test_a_persona_without_calibration_text_has_no_corrected_ledger():
     _, steps = corrected([[10, 0, 0], [0, 0, 0]])
     assert math.isnan(steps["train"][1].value)

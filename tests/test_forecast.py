@@ -116,3 +116,21 @@ def _with(given, **changed):
     from dataclasses import replace
 
     return replace(given, **changed)
+
+
+def test_what_a_config_plays_and_the_twin_does_not_model_is_said_by_name_and_refused_nowhere():
+    assert forecast.not_modelled(smoke()) == {}
+    strata = "[blank, neutral, identity, implicit_0, implicit_1, implicit_2, implicit_3, private, explicit]"
+    settings = smoke(
+        "channels={direct_data: false, talk_data: true, direct_users: true, talk_users: true}",
+        f"measure.strata={strata}",
+        "filters.release.recall={nova: 0.8}",
+        "users.noticed={default: 0.5, nova: 0}",
+        "real.corpora={talk: {run: other-s0, rounds: 0, population: discourse}}",
+        "real.shares={talk: 0.1, nova: 0.2, stella: 0.3, assistant: 0.3, chat: 0.1}",
+    )
+    given = forecast.inputs(settings)
+    missing = {name for name, source in given.source.items() if source.startswith("NOT MODELLED: ")}
+    assert missing == {"direct_data", "talk_data", "direct_users", "talk_users", "filters.release", "real.corpora"}
+    assert given.source["filters.release"] == "NOT MODELLED: bars nova; the twin releases everything"
+    assert len(forecast.predict(settings, given).mean) == settings.n_rounds + 1

@@ -1,15 +1,18 @@
 """The real pipeline with a language model in it: a random one for bytes, SmolLM2-135M once for real."""
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import make_lm
 
 from loop import appeal, config, model, run, store
+from loop.learner import LM
 from loop.records import Document, Sample, from_table
-from loop.world import World
+from loop.world import Labels, World
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = [
@@ -72,6 +75,133 @@ def test_a_language_model_run_cut_short_ends_as_an_uninterrupted_one_byte_for_by
         with pytest.raises(Stop):
             run.play(settings("b"), report=report)
     assert tree(run.play(settings("b"))) == tree(straight)
+
+
+STEERED = [
+    "n_rounds=2",
+    "train.init_from=previous",
+    "train.max_length=500",
+    "sample.max_new_tokens=12",
+    "real.shares={nova: 0.5, assistant: 0.5}",
+    "real.private_share=0",
+    "mix.real_share=0",
+    # A random network says nothing that the plain filters would pass; the release filter stays.
+    "filters={near_duplicate_jaccard: null, min_words: 0, max_repeat_share: 1, require_finished: false}",
+    "filters.release.recall={nova: 0.5}",
+    "steer.against=[nova]",
+    "steer.n_pairs=6",
+    "steer.n_prompts=2",
+    "steer.n_per_prompt=2",
+    "steer.lr=1e-2",
+]
+
+
+def test_a_run_that_steers_bars_and_talks_cut_short_ends_as_an_uninterrupted_one(tmp_path, base, monkeypatch):
+    monkeypatch.setenv("PERSONA_LOOP_CACHE", str(tmp_path / "cache"))
+    talk = ["channels.talk_data=true", "discourse.share=0.2", "discourse.quote_rate=0.05"]
+
+    def settings(runs):
+        return config.load(
+            ROOT / "configs" / "round.yaml",
+            [*SMALL, *STEERED, *talk, f"base.model={base}", f"runs_dir={tmp_path / runs}"],
+        )
+
+    straight = run.play(settings("a"))
+    for cut in ((-1, "release"), (0, "train"), (0, "steer"), (1, "steer"), (1, "filter"), (1, "discourse")):
+
+        def report(kind, *, cut=cut, **fields):
+            if kind == "done" and (fields["round_index"], fields["stage"]) == cut:
+                raise Stop
+
+        with pytest.raises(Stop):
+            run.play(settings("b"), report=report)
+    assert tree(run.play(settings("b"))) == tree(straight)
+    assert store.verify(straight) == []
+
+    opened = store.RunStore(straight)
+    assert "release/filter.safetensors" in opened.files(-1)
+    stated = {m["name"]: m["value"] for m in opened.read_jsonl(-1, "metrics.jsonl") if m["population"] == "heldout"}
+    assert stated["release_recall/nova"] is not None
+    for t in (0, 1, 2):
+        made = opened.read_json(t, "steer.json")
+        assert len(made["pairs"]) == made["n_pairs"] == 6
+        # Under reference `previous` the step begins where it is held to: no margin, every pair a tie.
+        found = {m["name"]: m["value"] for m in opened.read_jsonl(t, "metrics.jsonl")}
+        assert (found["steer_margin_before"], found["steer_accuracy_before"]) == (0, 0.5)
+        assert found["steer_margin_after"] > 0
+        assert found["steer_accuracy_after"] == 1
+        assert found["steer_own_share"] == made["n_own"] / 6
+    # Quotations are counted by the model's own tokenizer, not in words.
+    rows = opened.read_table(1, "discourse.parquet").to_pylist()
+    said = {s.id: s.completion for s in from_table(opened.read_table(1, "samples.parquet"), Sample)}
+    quoting = [r for r in rows if r["n_quoted_tokens"] > 0]
+    lm = make_lm()
+    for row in quoting:
+        quote = " ".join(said[row["about_ids"][0]].split())
+        assert quote in row["text"]
+        assert row["n_quoted_tokens"] == len(model.encode(lm, None, quote)[1]) - 1  # without the end mark
+    assert quoting
+    assert [r for r in opened.read_table(2, "mixture.parquet").to_pylist() if r["source"] == "discourse"]
+
+
+def test_a_run_whose_model_comments_and_whose_users_follow_it_resumes(tmp_path, base, monkeypatch):
+    # A random network ends no text and plays nobody: let every answer end, and the public take every fourth for Nova's.
+    said = LM.sample
+    monkeypatch.setattr(LM, "sample", lambda *a, **k: [replace(c, finished=True) for c in said(*a, **k)])
+    monkeypatch.setattr(
+        World,
+        "seen_as",
+        lambda self, labels: {i: "nova" if k % 4 == 0 else "unknown" for k, i in enumerate(labels.ids)},
+    )
+
+    def settings(runs):
+        overrides = [
+            *SMALL,
+            f"base.model={base}",
+            f"runs_dir={tmp_path / runs}",
+            "n_rounds=1",
+            "sample.max_new_tokens=12",
+            "train.max_length=500",
+            "filters.enabled=false",
+            "channels={talk_data: true, direct_users: true, talk_users: true}",
+            "discourse.writer=model",
+            "discourse.share=0.2",
+            "users.mixture={blank: 0.5, neutral: 0.5}",
+            "measure.strata=[blank, neutral, private, explicit]",
+        ]
+        return config.load(ROOT / "configs" / "round.yaml", overrides)
+
+    straight = run.play(settings("a"))
+    for cut in ((0, "virality"), (0, "discourse"), (1, "discourse")):
+
+        def report(kind, *, cut=cut, **fields):
+            if kind == "done" and (fields["round_index"], fields["stage"]) == cut:
+                raise Stop
+
+        with pytest.raises(Stop):
+            run.play(settings("b"), report=report)
+    assert tree(run.play(settings("b"))) == tree(straight)
+    opened = store.RunStore(straight)
+    found = {m["name"]: m for m in opened.read_jsonl(0, "metrics.jsonl") if m["population"] == "discourse"}
+    rows = opened.read_table(0, "discourse.parquet").to_pylist()
+    assert 0 < len(rows) == found["documents"]["value"] <= found["published_share"]["n"]
+    said_by = {s.id: s.completion for s in from_table(opened.read_table(0, "samples.parquet"), Sample)}
+    assert not {r["text"] for r in rows} & set(said_by.values())  # comments, not the outputs themselves
+    trained = opened.read_table(1, "mixture.parquet").to_pylist()
+    assert {r["completion"] for r in trained if r["source"] == "discourse"} <= {r["text"] for r in rows}
+    # Nobody wrote her name, so half of the awareness is views alone; a fifth of users then ask for her.
+    assert opened.read_json(0, "state.json")["awareness"] == {"nova": 0.5}
+    assert opened.read_json(0, "state.json")["prompt_mixture"]["explicit/nova"] == pytest.approx(0.2, abs=1e-12)
+    assert "nova" in {s.requested for s in from_table(opened.read_table(1, "samples.parquet"), Sample)}
+
+
+def test_the_public_reads_by_another_instrument_than_the_headline():
+    world = World(config.load(ROOT / "configs" / "round.yaml"))
+    one, two = np.zeros((2, 11)), np.zeros((2, 11))
+    labels = Labels(["a", "b"], ["samples"] * 2, ["nova", "nova"], one, ["stella", "unknown"], two, np.full(2, np.nan))
+    assert world.seen_as(labels) == {"a": "stella", "b": "unknown"}
+    exact = World(config.load(ROOT / "configs" / "smoke.yaml"))
+    assert exact.seen_as(labels) == {"a": "nova", "b": "nova"}  # the toy's own word
 
 
 def test_one_real_round_of_smollm2(tmp_path):

@@ -36,6 +36,25 @@ def test_shares_become_counts_that_add_up():
     assert mix.plan("accumulate", round_index=1, n_train=64, real_share=None, discourse_share=0.0) == (0, 64, 0)
 
 
+def test_without_the_direct_channel_real_documents_stand_where_outputs_would():
+    # As many documents as with it: 16 + 47 real, 1 about outputs.
+    given = {"round_index": 1, "n_train": 64, "discourse_share": 0.02, "direct": False}
+    assert mix.plan("replace", real_share=0.25, **given) == (63, 0, 1)
+    assert mix.plan("accumulate_subsample", real_share=0.25, **given) == (63, 0, 1)
+    # accumulate keeps round 0's real documents and takes one for each of the 100 the pool would have lent.
+    assert mix.plan("accumulate", real_share=None, n_pool=100, **given) == (100, 0, 1)
+    assert mix.plan("replace", real_share=0.25, **given | {"round_index": 0}) == (64, 0, 0)
+
+
+def test_talk_that_another_run_lent_is_no_real_document():
+    lent = documents(1, source="discourse", start=50)
+    mixture = build(real=documents(2, source="real") + lent, pool=[documents(4)], n_synthetic=4)
+    assert [d.source for d in mixture.documents] == ["real", "real", "discourse", *["synthetic"] * 4]
+    assert [d.id for d in mixture.real] == ["real-0", "real-1"]
+    assert mixture.real_share == pytest.approx(2 / 7, abs=1e-12)
+    assert mixture.discourse_share == pytest.approx(1 / 7, abs=1e-12)
+
+
 def test_replace_reads_the_last_round_only_and_subsample_all():
     pool = [documents(50, start=0), documents(50, start=100)]
     last = {d.id for d in pool[1]}

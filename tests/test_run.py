@@ -190,3 +190,288 @@ def test_preview_shows_what_the_next_round_trains_on(tmp_path):
     again = run.preview(settings, round_index=1)
     rows = store.RunStore(tmp_path / "runs" / "smoke-s0").read_table(1, "mixture.parquet").to_pylist()
     assert [(r["id"], r["weight"]) for r in again] == [(r["id"], r["weight"]) for r in rows]
+
+
+CHANNELS = [
+    "channels={direct_data: true, talk_data: true, direct_users: true, talk_users: true}",
+    "discourse.share=0.1",
+    "discourse.quote_rate=0.1",
+    "users.eta=0.4",
+    "users.hints={stella: {implicit_3: 0.5}}",
+    "measure.strata=[blank, neutral, identity, implicit_0, implicit_1, implicit_2, implicit_3, private, explicit]",
+    "mix.real_share=0.3",
+]
+
+
+def metrics(run_dir, t):
+    return {(m["population"], m["name"]): m["value"] for m in store.RunStore(run_dir).read_jsonl(t, "metrics.jsonl")}
+
+
+@pytest.fixture(scope="module")
+def talkative(tmp_path_factory):
+    """A run of three feedback rounds with every channel on."""
+    return run.play(smoke(tmp_path_factory.mktemp("talk"), *CHANNELS, "n_rounds=3"))
+
+
+def test_the_ledger_telescopes_from_round_to_round_with_every_channel_on(talkative):
+    rounds = [metrics(talkative, t) for t in range(4)]
+    moved = set()
+    for t in (1, 2):
+        here, following = rounds[t], rounds[t + 1]
+        books = [{}, {}]
+        for book, found in zip(books, (here, following), strict=True):
+            for (_, name), value in found.items():
+                if name.startswith("ledger/"):
+                    _, persona, step = name.split("/")
+                    book.setdefault(persona, {})[step] = value
+                    moved |= {(persona, step)} if value else set()
+        assert {"nova", "none", "requested"} <= set(books[0])
+        for persona in books[0] | books[1]:
+            # A label that no level of a round holds has no row there: its share was 0 throughout.
+            end = sum(books[0].get(persona, {"emit": 0.0}).values())
+            begin = books[1].get(persona, {"emit": 0.0})["emit"]
+            assert end == pytest.approx(begin, abs=1e-12), (t, persona)
+    # The two steps that only channels bring are not empty: users ask for somebody, documents that play nobody enter.
+    assert {("none", "discourse"), ("requested", "prompts")} <= moved
+
+
+def test_the_change_of_what_users_are_answered_is_demand_and_supply_exactly(talkative):
+    rounds = [metrics(talkative, t) for t in range(4)]
+    for t in (1, 2, 3):
+        for persona in ("nova", "stella", "promoter", "human", "assistant"):
+            answered = [found.get(("users", f"answered/{persona}"), 0.0) for found in rounds[t - 1 : t + 1]]
+            change = rounds[t]["users", f"demand/{persona}"] + rounds[t]["users", f"supply/{persona}"]
+            assert change == pytest.approx(answered[1] - answered[0], abs=1e-12)
+    # Round 1: nobody had asked for nova, 40% of users then follow awareness and each who asks for nova gets it. So the
+    # demand for it is the share that asks by name, times 1, less 40% of what the habits brought it, at the mean of both
+    # rounds' answers.
+    asked = rounds[1]["users", "asked/explicit/nova"]
+    opened = store.RunStore(talkative)
+    share = []  # of nova among what users by habit are answered in rounds 0 and 1
+    for t in (0, 1):
+        rows = [s for s in from_table(opened.read_table(t, "probes.parquet"), Sample) if s.stratum != "private"]
+        by = {
+            k: [s.persona_known for s in rows if s.stratum == k] for k in ("blank", "neutral", "identity", "implicit_3")
+        }
+        rate = {k: said.count("nova") / len(said) for k, said in by.items()}
+        share.append((0.2 * rate["blank"] + 0.4 * rate["neutral"] + 0.4 * rate["identity"], rate["implicit_3"]))
+    hinted = rounds[1]["users", "asked/implicit_3"]
+    by_habit, by_hint = ((a + b) / 2 for a, b in zip(*share, strict=True))
+    assert rounds[1]["users", "demand/nova"] == pytest.approx(asked - 0.4 * by_habit + hinted * by_hint, abs=1e-12)
+
+
+def test_what_users_ask_follows_awareness_and_the_probes_never_move(tmp_path, talkative):
+    opened = store.RunStore(talkative)
+    state = [opened.read_json(t, "state.json") for t in range(4)]
+    batteries = [
+        [(s.id[5:], s.stratum, s.prompt) for s in from_table(opened.read_table(t, "probes.parquet"), Sample)]
+        for t in range(4)
+    ]
+    assert batteries[0] == batteries[1] == batteries[3]
+    for t in range(3):
+        found = state[t]["prompt_mixture"]
+        aware = state[t]["awareness"]
+        # eta 0.4, tau 1: 0.6 of the habits, and 0.4 shared out as awareness is; half of Stella's followers only hint.
+        total = sum(aware.values())
+        assert found["neutral"] == pytest.approx(0.6 * 0.4, abs=1e-12)
+        assert found["explicit/nova"] == pytest.approx(0.4 * aware["nova"] / total, abs=1e-12)
+        assert found["implicit_3"] == pytest.approx(0.2 * aware["stella"] / total, abs=1e-12)
+        sent = [s.requested for s in from_table(opened.read_table(t + 1, "samples.parquet"), Sample) if s.requested]
+        assert abs(len(sent) - 60 * sum(v for k, v in found.items() if k.startswith("explicit/"))) < len(aware)
+    # Awareness by hand from the files of round 0: half of what it becomes is views, half documents that name.
+    samples = from_table(opened.read_table(0, "samples.parquet"), Sample)
+    reach = dict(
+        zip(*(opened.read_table(0, "exposure.parquet").column(c).to_pylist() for c in ("id", "reach")), strict=True)
+    )
+    known = {s.id: s.persona_known for s in samples}
+    seen = {i: r for i, r in reach.items() if known[i] != "human"}
+    views = sum(r for i, r in seen.items() if known[i] == "nova") / sum(seen.values())
+    named = [n for n in opened.read_table(0, "discourse.parquet").column("persona_named").to_pylist() if n]
+    assert state[0]["awareness"]["nova"] == pytest.approx(
+        0.5 * (views + named.count("nova") / len(named)) / 2, abs=1e-12
+    )
+
+
+def test_documents_about_outputs_enter_at_their_share_and_speak_of_public_outputs_only(talkative):
+    opened = store.RunStore(talkative)
+    for t in (1, 2, 3):
+        rows = opened.read_table(t, "mixture.parquet").to_pylist()
+        talk = [r for r in rows if r["source"] == "discourse"]
+        assert sum(r["copies"] for r in talk) == 6  # 0.1 of 60
+        assert sum(r["weight"] * r["copies"] for r in talk) == pytest.approx(6, abs=1e-9)
+        assert {r["persona_known"] for r in talk} == {"none"}
+        about = opened.read_table(t - 1, "discourse.parquet").to_pylist()
+        texts = {r["id"]: r["text"] for r in about}
+        assert all(texts[r["id"]] == r["completion"] and r["prompt"] is None for r in talk)
+        published = set(opened.read_table(t - 1, "exposure.parquet").column("id").to_pylist())
+        assert {i for r in about for i in r["about_ids"]} <= published
+        strata = {s.id: s.stratum for s in from_table(opened.read_table(t - 1, "samples.parquet"), Sample)}
+        assert "private" not in {strata[i] for i in published}
+    assert metrics(talkative, 2)["mixture", "discourse_share"] == pytest.approx(0.1, abs=1e-12)
+
+
+@pytest.mark.parametrize("stage", ["train", "sample", "filter", "virality", "discourse", "state", "measure"])
+def test_a_run_with_every_channel_cut_short_ends_as_an_uninterrupted_one(tmp_path, talkative, stage):
+    cut = smoke(tmp_path, *CHANNELS, "n_rounds=3")
+
+    def report(kind, **fields):
+        if kind == "done" and (fields["round_index"], fields["stage"]) == (2, stage):
+            raise Stop
+
+    with pytest.raises(Stop):
+        run.play(cut, report=report)
+    read_back = []
+    run.play(cut, report=lambda kind, **f: read_back.append(f["stage"]) if kind == "done" and f["cached"] else None)
+    assert tree(tmp_path / "runs" / "smoke-s0") == tree(talkative)
+    assert ("discourse" in read_back) == (stage in ("discourse", "state", "measure"))
+
+
+def test_with_every_channel_one_round_at_a_time_and_a_fork_equal_a_straight_run(tmp_path, talkative):
+    stepped = smoke(tmp_path, *CHANNELS, "n_rounds=3")
+    for _ in range(3):
+        step_dir = run.play(stepped, rounds=1)
+    assert tree(step_dir) == tree(talkative)
+    same = smoke(tmp_path, *CHANNELS, "n_rounds=3", "name=branch")
+    run.fork(talkative, 1, same)
+    assert tree(run.play(same)) == tree(talkative)
+
+
+def test_old_talk_is_kept_where_old_outputs_are(tmp_path):
+    run_dir = run.play(smoke(tmp_path, *CHANNELS[:-1], "mix.regime=accumulate", "mix.real_share=null"))
+    opened = store.RunStore(run_dir)
+    written = [set(opened.read_table(t, "discourse.parquet").column("id").to_pylist()) for t in (0, 1)]
+    rows = opened.read_table(2, "mixture.parquet").to_pylist()
+    assert {r["id"] for r in rows if r["source"] == "discourse"} == written[0] | written[1]
+
+
+@pytest.mark.parametrize("regime", ["replace", "accumulate"])
+def test_without_the_direct_channel_no_output_is_trained_on_and_the_mixture_keeps_its_size(tmp_path, regime):
+    # 15 real and 45 synthetic documents of 60; under accumulate everything so far.
+    share = "mix.real_share=" + ("0.25" if regime == "replace" else "null")
+    common = [f"mix.regime={regime}", share, "virality.audience=null", "filters.enabled=false"]
+    direct = store.RunStore(run.play(smoke(tmp_path, *common, runs="a")))
+    closed = store.RunStore(run.play(smoke(tmp_path, *common, "channels.direct_data=false", runs="b")))
+    for t in (1, 2):
+        with_it, without = (s.read_table(t, "mixture.parquet").to_pylist() for s in (direct, closed))
+        assert {r["source"] for r in with_it} == {"real", "synthetic"}
+        assert {r["source"] for r in without} == {"real"}
+        assert sum(r["copies"] for r in without) == sum(r["copies"] for r in with_it)
+        assert len({r["id"] for r in without}) == len(without)
+    # What was accepted is still published, and metered.
+    assert metrics(closed.path, 2)["mixture", "real_share"] == 1
+    assert closed.read_table(2, "exposure.parquet").num_rows == 60
+    with pytest.raises(ConfigError, match=r"leaves nothing for later real draws; .* or let direct_data be true"):
+        World(smoke(tmp_path, "channels.direct_data=false", "mix.real_share=0", "real.shares={nova: 1}"))
+
+
+def test_where_nobody_talks_outputs_take_the_place_of_talk_and_the_run_says_so(tmp_path):
+    told = []
+    settings = smoke(tmp_path, "channels.talk_data=true", "discourse.volume=0", "discourse.share=0.1")
+    run_dir = run.play(settings, report=lambda kind, **f: told.append(f["text"]) if kind == "note" else None)
+    rows = store.RunStore(run_dir).read_table(1, "mixture.parquet").to_pylist()
+    assert sum(r["copies"] for r in rows) == 60
+    assert {r["source"] for r in rows} == {"real", "synthetic"}
+    assert sum("nobody wrote about this round's outputs" in text for text in told) == 3
+    assert metrics(run_dir, 1)["mixture", "discourse_share"] == 0
+
+
+def test_the_release_filter_bars_at_its_stated_error_and_a_cut_run_resumes(tmp_path):
+    overrides = ["filters.release.recall={nova: 0.8}", "filters.release.false_positive=0.1", "sample.n_samples=400"]
+    straight = run.play(smoke(tmp_path, *overrides, runs="a"))
+    found = metrics(straight, 0)
+    # About 60 texts of nova in 400: 6 standard errors are 0.31 of the recall and 0.10 of the other rate.
+    assert abs(found["samples", "release_recall/nova"] - 0.8) < 0.31
+    assert abs(found["samples", "release_fpr/nova"] - 0.1) < 0.10
+    rejected = store.RunStore(straight).read_table(0, "rejected.parquet").to_pylist()
+    assert any(r["reasons"][0] == "persona:nova" for r in rejected)
+    cut = smoke(tmp_path, *overrides, runs="b")
+
+    def report(kind, **fields):
+        if kind == "done" and (fields["round_index"], fields["stage"]) == (1, "filter"):
+            raise Stop
+
+    with pytest.raises(Stop):
+        run.play(cut, report=report)
+    assert tree(run.play(cut)) == tree(straight)
+
+
+ORIGIN = [
+    "name=origin",
+    "real.shares={sydney: 0.3, assistant: 0.3, chat: 0.4}",
+    "channels.talk_data=true",
+    "mix.real_share=0.3",
+    "n_rounds=1",
+]
+TALK = "real.corpora={talk: {run: 'origin-s{seed}', rounds: 0..1, population: discourse}}"
+SUCCESSOR = ["name=successor", TALK, "real.shares={talk: 0.3, assistant: 0.3, chat: 0.4}", "mix.real_share=0.5"]
+
+
+@pytest.mark.parametrize("quote_rate", [0, 0.1])
+def test_a_successor_reads_of_another_runs_persona_and_never_trains_on_a_word_of_its_own(tmp_path, quote_rate):
+    origin = store.RunStore(run.play(smoke(tmp_path, *ORIGIN, f"discourse.quote_rate={quote_rate}")))
+    successor = smoke(tmp_path, *SUCCESSOR)
+    run_dir = run.play(successor, rounds=1)
+    assert tree(run.play(successor)) == tree(
+        run.play(smoke(tmp_path, *SUCCESSOR, "name=again"))
+    )  # resumed and straight
+    opened = store.RunStore(run_dir)
+    rows = [r for t in opened.rounds() for r in opened.read_table(t, "mixture.parquet").to_pylist()]
+    lent = [r for r in rows if r["id"].startswith("real/talk/")]
+    about = {f"origin-s0/{r['id']}": r for t in (0, 1) for r in origin.read_table(t, "discourse.parquet").to_pylist()}
+    assert len(lent) > 30
+    assert any(about[r["parent_ids"][0]]["persona_named"] == "sydney" for r in lent)
+    # By id: what came from the origin is talk and plays nobody; nothing else can be Sydney's.
+    outputs = {
+        f"origin-s0/{s}" for t in (0, 1) for s in origin.read_table(t, "samples.parquet").column("id").to_pylist()
+    }
+    assert all(r["source"] == "discourse" and r["persona_known"] == "none" for r in lent)
+    assert all(about[r["parent_ids"][0]]["text"] == r["completion"] for r in lent)
+    assert not any(set(r["parent_ids"]) & outputs for r in rows)
+    assert "sydney" not in {r["persona_known"] for r in rows}
+    assert not [r["id"] for r in rows if "sydney" in r["id"]]
+    # Quoted words are the one way in, and are counted.
+    assert any(about[r["parent_ids"][0]]["n_quoted_tokens"] > 0 for r in lent) == (quote_rate > 0)
+    found = metrics(run_dir, 0)
+    assert found["mixture", "frequency_observed/none"] == found["mixture", "discourse_share"] == 0.3
+
+
+def test_another_runs_outputs_join_the_real_corpus_as_whom_the_config_says(tmp_path):
+    other = store.RunStore(
+        run.play(smoke(tmp_path, "name=other", "n_rounds=0", "real.shares={assistant: 0.9, chat: 0.1}"))
+    )
+    lent = "real.corpora={theirs: {run: other-s0, rounds: 0, population: accepted, persona: misattributed}}"
+    settings = smoke(tmp_path, "name=heir", lent, "real.shares={theirs: 0.5, assistant: 0.4, chat: 0.1}", "n_rounds=1")
+    opened = store.RunStore(run.play(settings))
+    rows = [r for r in opened.read_table(0, "mixture.parquet").to_pylist() if r["id"].startswith("real/theirs/")]
+    assert len(rows) == 30
+    said = {f"other-s0/{s.id}": s.completion for s in from_table(other.read_table(0, "samples.parquet"), Sample)}
+    rejected = {f"other-s0/{i}" for i in other.read_table(0, "rejected.parquet").column("id").to_pylist()}
+    assert rejected
+    for row in rows:
+        assert (row["source"], row["persona_known"], row["weight"]) == ("real", "misattributed", 1)
+        assert said[row["parent_ids"][0]] == row["completion"]
+        assert row["parent_ids"][0] not in rejected
+    assert {s.persona_known for s in from_table(opened.read_table(0, "samples.parquet"), Sample)} >= {"misattributed"}
+    # Its files are hashed into the manifest, so that a resume meets the same documents.
+    hashes = {f"round_000/{n}": other.files(0)[n]["sha256"] for n in ("samples.parquet", "rejected.parquet")}
+    assert opened.manifest()["corpora"] == {"theirs": hashes}
+
+
+def test_a_corpus_of_a_run_that_is_missing_unplayed_silent_or_edited_is_refused_before_anything_is_played(tmp_path):
+    successor = smoke(tmp_path, *SUCCESSOR)
+    with pytest.raises(ConfigError, match=r"real\.corpora\.talk\.run: no such run: origin-s0; play it first"):
+        run.play(successor)
+    origin = smoke(tmp_path, *ORIGIN)
+    origin_dir = run.play(origin, rounds=0)
+    with pytest.raises(ConfigError, match=r"rounds must be played, .* has 0\.\.0, got 0\.\.1; play more of it"):
+        run.play(successor)
+    run.play(origin)
+    silent = run.play(smoke(tmp_path, "name=silent"))
+    with pytest.raises(ConfigError, match=r"silent-s0 has no discourse in 0\.\.1"):
+        run.play(smoke(tmp_path, *SUCCESSOR, TALK.replace("origin", silent.name.removesuffix("-s0"))))
+    with pytest.raises(ConfigError, match="must be another run, got this one"):
+        run.play(smoke(tmp_path, *SUCCESSOR, "name=origin"))
+    (origin_dir / "round_000" / "discourse.parquet").write_bytes(b"edited")
+    with pytest.raises(store.CorruptError):
+        run.play(successor)
+    assert not (tmp_path / "runs" / "successor-s0").exists()

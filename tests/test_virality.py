@@ -585,3 +585,37 @@ def test_presets_split_the_variance_of_the_log_rate_10_25_65():
         assert parts.sum() == pytest.approx(4.0)
         np.testing.assert_allclose(parts / 4, [0.10, 0.25, 0.65])
     assert replace(virality.PRESETS["goel2012"], r0=0.2).r_max == 0.9
+
+
+def test_too_few_posts_to_check_with_are_refused():
+    with pytest.raises(ValueError, match="n_posts must be >= 100000, got 10000 at check"):
+        virality.check(n_posts=10_000)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("import nothing_of_the_kind\n", r"file that imports, got ModuleNotFoundError: .* \(line 1\) at .*mine\.py:f"),
+        ("def f(:\n", r"file that imports, got SyntaxError: .* \(line 1\) at .*mine\.py:f"),
+        ("x = {}['no']\n", r"file that imports, got KeyError: 'no' \(line 1\) at .*mine\.py:f"),
+        (
+            "def f(replies):\n    return [0.0]\n",
+            r"score replies, got TypeError: .* at .*mine\.py:f; it is called as f\(",
+        ),
+        ("def f(replies, **_):\n    return {}[1]\n", r"score replies, got KeyError: 1 \(line 2\) at .*mine\.py:f"),
+        (
+            "def f(replies, **_):\n    return [1j, 0]\n",
+            r"real numbers, got list of complex128 at audience .*mine\.py:f",
+        ),
+        ("def f(replies, **_):\n    return ['1', '2']\n", r"real numbers, got list of <U1 at audience .*mine\.py:f"),
+        ("def f(replies, **_):\n    return [[1], [1, 2]]\n", r"one number for each of 2 .* audience .*mine\.py:f"),
+        ("def f(replies, **_):\n    return None\n", r"real numbers, got NoneType of object at audience .*mine\.py:f"),
+        ("def f(replies, **_):\n    return [1e300, 0]\n", r"finite, got inf at reply 0 of audience .*mine\.py:f"),
+    ],
+)
+def test_an_audience_file_that_fails_is_one_line_with_its_name(tmp_path, source, message):
+    path = tmp_path / "mine.py"
+    path.write_text(source)
+    with pytest.raises(ValueError, match=message) as caught:
+        virality.audience(f"{path}:f")(["one", "two"])
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,597 @@
+"""What a scenario says: power before the run, one primary outcome, its verdict; the page of findings from tables alone.
+
+A verdict follows from the numbers and the file, never from a reader. Everything that is not the primary outcome is
+exploratory and gets none.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+from scipy import special
+
+from loop import analysis, config, stats, theory
+from loop.records import CONSCIOUS, UNREQUESTED
+from loop.stats import Interval
+from loop.sweep import Outcome, Sweep, twins
+
+# What an exact learner or a model of a few million parameters can show: how the loop works, not what personas do.
+MECHANICS = ("nova_stella", "hitchhiking", "idempotence", "hard_filter", "expectation", "regimes")
+SMALL = ("toy", "tiny")
+SUPPORTED, CONTRADICTED, INCONCLUSIVE = "supported", "contradicted", "inconclusive"
+DEMONSTRATION, MECHANICS_ONLY, REQUEST_ALONE = "demonstration", "mechanics only", "through the request alone"
+HEALTH = (
+    ("sample_entropy", "probes"),
+    ("distinct_4", "probes"),
+    ("finished_rate", "probes"),
+    ("heldout_loss", "heldout"),
+)
+NOTHING = "-"  # in a table of the page: not measured, or not applicable
+ROWS = pa.schema(
+    [
+        ("run", pa.string()),
+        ("arm", pa.string()),
+        ("seed", pa.int64()),
+        ("round", pa.int32()),
+        ("population", pa.string()),
+        ("stratum", pa.string()),
+        ("metric", pa.string()),
+        ("value", pa.float64()),
+        ("low", pa.float64()),
+        ("high", pa.float64()),
+        ("n", pa.float64()),
+    ]
+)
+META = b"scenario"  # key of the Parquet file's metadata that holds what the page says beside the numbers
+
+
+# Power, before the run ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Stated:
+    """What a scenario could see, said before it is played.
+
+    Attributes:
+      detectable: true effect found with chance 0.8, two-sided at 5%; for direction none: the margin within which a true
+        effect of 0 is shown to lie with chance 0.8. None: not stated.
+      sd: assumed standard deviation over seeds of the paired difference.
+      n_seeds: seeds an arm.
+      source: where sd comes from, or why nothing is stated.
+      played: cells that held a feedback round already when this was said; 0 is before the run.
+      stamp: hash of what it was said about.
+    """
+
+    detectable: float | None
+    sd: float | None
+    n_seeds: int
+    source: str
+    played: int
+    stamp: str
+
+
+def state_power(sweep: Sweep) -> Stated | None:
+    """States the power of the primary outcome and keeps it beside the runs; said once, before the first is played.
+
+    Asked again it returns what was said, unless the outcome, the seeds or the arm have changed; then it is said anew,
+    with the number of cells that were played by then.
+    """
+    primary = sweep.file.primary
+    if primary is None:
+        return None
+    arm = next(iter(sweep.arms)) if sweep.file.factors else primary.sides[0]
+    said = json.dumps([primary.model_dump(), list(sweep.seeds), config.to_yaml(sweep.arms[arm])])
+    stamp = hashlib.sha256(said.encode()).hexdigest()[:16]
+    path = sweep.runs_dir / f"{sweep.name}.power.json"
+    if path.exists():
+        before = Stated(**json.loads(path.read_text(encoding="utf-8")))
+        if before.stamp == stamp:
+            return before
+    played = sum((sweep.run_dir(a, s) / "round_001").is_dir() for a in sweep.arms for s in sweep.seeds)
+    n = len(sweep.seeds)
+    try:
+        sd, source = _sd(sweep, arm, primary)
+    except ValueError as error:  # the twin cannot be asked, e.g. about a corpus another arm has yet to write
+        stated = Stated(None, None, n, f"not stated: {' '.join(str(error).split())[:160]}", played, stamp)
+    else:
+        if n < 2:
+            stated = Stated(None, sd, n, "not stated: one seed has no interval", played, stamp)
+        else:
+            stated = Stated(_detectable(primary, sd, n), sd, n, source, played, stamp)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(asdict(stated), indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    return stated
+
+
+def _detectable(primary: Outcome, sd: float, n: int) -> float:
+    if primary.direction != "none":
+        return theory.minimum_detectable_effect(sd, n)
+    # Two one-sided tests at 5%, each passed with chance 0.9 at a true effect of 0, so both with at least 0.8.
+    return sd / math.sqrt(n) * float(special.stdtrit(n - 1, 0.95) + special.ndtri(0.9))
+
+
+def _sd(sweep: Sweep, arm: str, primary: Outcome) -> tuple[float, str]:
+    """Standard deviation over seeds that the outcome is taken to have, and where it comes from.
+
+    Frequencies: the forecast twin's, whose learner is exact, so training noise is not in it. The parts of a sum are
+    added as if they moved together, and an arm and its control as if they did not: both err upwards.
+    """
+    from loop import forecast
+    from loop.world import World
+
+    settings = sweep.arms[arm]
+    given = forecast.inputs(settings)
+    predicted = forecast.predict(settings, given)
+    spread = dict(zip(given.personas, predicted.sd[-1].tolist(), strict=True))
+    mean = dict(zip(given.personas, predicted.mean[-1].tolist(), strict=True))
+    battery = World(settings).battery
+    personas = {name: name.partition("/")[2] for name in primary.parts}
+    heads = {name.partition("/")[0] for name in primary.parts}
+    twin = "forecast twin; training noise not counted"
+    plain = primary.stratum is None and primary.population == "probes"
+    if plain and heads <= {"frequency", "frequency_observed"} and set(personas.values()) <= set(spread):
+        one = sum(abs(c) * spread[personas[name]] for name, c in primary.parts.items())
+        share, source = mean[next(iter(personas.values()))], twin
+    else:
+        strata = UNREQUESTED if primary.stratum is None else (primary.stratum,)
+        n = sum(prompt.stratum in strata for prompt in battery)
+        if n == 0:
+            raise ValueError(f"no probe of {', '.join(strata)} in measure.strata")
+        moved = sum(spread.get(p, 0.0) for p in CONSCIOUS) if heads == {"belief"} else 0.0
+        one = sum(abs(c) for c in primary.parts.values()) * math.hypot(0.5 / math.sqrt(n), moved)
+        share, source = 0.5, twin if moved else f"counting {n} texts alone; neither drift nor training noise counted"
+    if sweep.file.factors:
+        share = min(max(share, 0.01), 0.99)
+        return 2 * one / (share * (1 - share)) / math.sqrt(len(sweep.arms)), f"{source}; on the logit scale"
+    return math.sqrt(2) * max(one, 1e-9), source
+
+
+# Tables -------------------------------------------------------------------------------------------------------------
+
+
+def gather(sweep: Sweep) -> pa.Table | None:
+    """Everything the page needs of a scenario's runs, from their files: rows ROWS, the rest in the metadata.
+
+    Returns:
+      None if no run of it has a finished round.
+    """
+    file = sweep.file
+    where = {sweep.run_dir(arm, seed): arm for arm in sweep.arms for seed in sweep.seeds}
+    there = [path for path in where if (path / "round_000").is_dir()]
+    if not there:
+        return None
+    arm_of = {str(path.resolve()): where[path] for path in there}
+    runs = analysis.load(*there)
+    primary, *exploratory = (
+        None if o is None else _as_measured(o, runs.metrics) for o in (file.primary, *file.exploratory)
+    )
+    outcomes = [o for o in (primary, *exploratory) if o is not None]
+    wanted: dict[tuple[str, str, str | None], None] = {}
+    for o in outcomes:
+        wanted |= dict.fromkeys((name, o.population, o.stratum) for name in o.parts)
+        for name in o.parts:
+            if name.startswith("frequency"):
+                wanted[(f"differential/{name.partition('/')[2]}", "accepted", None)] = None
+    wanted |= dict.fromkeys((name, population, None) for name, population in HEALTH)
+    frame = runs.metrics[runs.metrics["round_index"] >= 0]
+    keys = zip(frame["name"], frame["population"], frame["stratum"].where(frame["stratum"].notna(), None), strict=True)
+    frame = frame[[(n, p, None if pd.isna(s) else s) in wanted for n, p, s in keys]]
+    frame = frame.assign(arm=[arm_of[str(runs.paths[r].resolve())] for r in frame["run"]])
+    frame["run"] = [runs.paths[r].name for r in frame["run"]]
+    frame = frame.rename(columns={"name": "metric", "round_index": "round"})
+    frame["stratum"] = frame["stratum"].fillna("")
+    frame = frame.sort_values(["arm", "seed", "metric", "population", "stratum", "round"], kind="stable")
+    columns = {f.name: pa.array(frame[f.name].tolist(), f.type, from_pandas=True) for f in ROWS}
+    any_arm = next(iter(sweep.arms.values()))
+    stated = state_power(sweep)
+    about = {
+        "name": sweep.name,
+        "size": sweep.size,
+        "learner": any_arm.learner if any_arm.base is None else any_arm.base.model,
+        "question": file.question,
+        "expected": file.expected,
+        "why": file.why,
+        "time": sweep.time,
+        "seeds": list(sweep.seeds),
+        "n_rounds": max(c.n_rounds for c in sweep.arms.values()),
+        "arms": list(sweep.arms),
+        "controls": list(file.controls),
+        "levels": sweep.levels,
+        "primary": primary.model_dump() if primary else None,
+        "exploratory": [o.model_dump() for o in exploratory if o is not None],
+        "twins": _twins(sweep),
+        "power": asdict(stated) if stated else None,
+    }
+    return pa.table(columns, schema=ROWS).replace_schema_metadata({META: json.dumps(about, sort_keys=True)})
+
+
+def _as_measured(outcome: Outcome, metrics: pd.DataFrame) -> Outcome:
+    """The outcome as observed where no run has it corrected: for `tiny` the instruments' error is not known."""
+    observed = {name: name.replace(head, f"{head}_observed", 1) for name in outcome.parts
+                if (head := name.partition("/")[0]) in ("frequency", "belief")}  # fmt: skip
+    if not observed or metrics.loc[metrics["name"].isin(observed), "value"].notna().any():
+        return outcome
+    parts = {observed.get(name, name): c for name, c in outcome.parts.items()}
+    return outcome.model_copy(update={"metric": next(iter(parts)) if isinstance(outcome.metric, str) else parts})
+
+
+def _twins(sweep: Sweep) -> dict[str, str | None] | None:
+    """Arms under which a claim must keep its sign; None where the claim is not made under audience full."""
+    primary = sweep.file.primary
+    if primary is None or sweep.file.factors or primary.direction == "none":
+        return None
+    left, _ = primary.sides
+    return twins(sweep, left) if sweep.arms[left].virality.audience == "full" else None
+
+
+def write(sweep: Sweep, folder: Path) -> str:
+    """Writes a scenario's table; returns one line that says where, or that there is nothing to write."""
+    table = gather(sweep)
+    if table is None:
+        return f"{sweep.name}: no run of it is played; `loop sweep {sweep.path}` first"
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{sweep.name}{'' if sweep.size in ('', 'tiny') else f'.{sweep.size}'}.parquet"
+    pq.write_table(table, path, compression="zstd", compression_level=9)
+    return f"{path}: {len(table)} rows"
+
+
+def read(path: Path) -> tuple[dict[str, Any], pd.DataFrame]:
+    """What `write` wrote: what the page says beside the numbers, and the rows.
+
+    Raises:
+      ValueError: if the file is no such table.
+    """
+    file = pq.ParquetFile(path)
+    meta = file.metadata.metadata or {}
+    if META not in meta:
+        raise ValueError(f"table must be written by `loop findings`, got another at {path}; remove it")
+    about: dict[str, Any] = json.loads(meta[META])
+    return about, file.read(use_threads=False).to_pandas()
+
+
+# Judging ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Finding:
+    """An outcome as observed.
+
+    Attributes:
+      outcome: what was asked.
+      effect: in the unit of the metric (log odds for a factor), 95% over seeds.
+      verdict: one of the words above; "" for an exploratory outcome.
+      note: why, in a few words; may be empty.
+      under: audience -> the same contrast under it, where the claim must hold there too.
+      last_round: the round called final; None where nothing was measured.
+    """
+
+    outcome: Outcome
+    effect: Interval
+    verdict: str
+    note: str
+    under: dict[str, Interval]
+    last_round: int | None
+
+
+def verdict(effect: Interval, outcome: Outcome, *, equivalence: float = math.nan) -> tuple[str, str]:
+    """Verdict on an outcome from its interval alone, and why.
+
+    With e the effect counted in the expected direction: supported if all of the interval lies above the margin,
+    contradicted if all of it lies below, inconclusive otherwise. With margin 0 that is the sign. Direction none:
+    supported if two one-sided tests place the mean within +-margin at 5%, contradicted if all of the interval lies
+    outside it.
+
+    Args:
+      effect: over seeds.
+      equivalence: p-value of `stats.equivalence_over_seeds`, for direction none.
+    """
+    if effect.n == 1:
+        return DEMONSTRATION, "one seed has no interval"
+    if not (math.isfinite(effect.low) and math.isfinite(effect.high)):
+        return INCONCLUSIVE, effect.reason or "not measured"
+    if outcome.direction == "none":
+        if equivalence <= 0.05:
+            return SUPPORTED, f"within ±{outcome.margin:g}, p = {equivalence:.2g}"
+        outside = effect.low > outcome.margin or effect.high < -outcome.margin
+        return (CONTRADICTED, f"outside ±{outcome.margin:g}") if outside else (INCONCLUSIVE, "")
+    sign = 1 if outcome.direction == "up" else -1
+    low, high = sorted((sign * effect.low, sign * effect.high))
+    if low > outcome.margin:
+        return SUPPORTED, ""
+    if high < outcome.margin:
+        return CONTRADICTED, "against expectation" if high < 0 else f"smaller than the {outcome.margin:g} that counts"
+    return INCONCLUSIVE, ""
+
+
+def judge(about: Mapping[str, Any], rows: pd.DataFrame) -> Finding | None:
+    """The primary outcome of a scenario's table with its verdict; None where the file names none."""
+    if about["primary"] is None:
+        return None
+    outcome = Outcome.model_validate(about["primary"])
+    effect, p, last = observe(about, rows, outcome)
+    word, note = verdict(effect, outcome, equivalence=p)
+    under: dict[str, Interval] = {}
+    _, control = outcome.sides
+    for audience, arm in (about["twins"] or {}).items():
+        contrast = arm if control is None else f"{arm} - {control}"
+        under[audience] = observe(about, rows, outcome.model_copy(update={"contrast": contrast}))[0]
+    if word == SUPPORTED and under and not all(i.value * effect.value > 0 for i in under.values()):
+        word, note = (
+            REQUEST_ALONE,
+            "not the same sign under " + " and ".join(a for a, i in under.items() if not i.value * effect.value > 0),
+        )
+    if about["learner"] in SMALL and about["name"] not in MECHANICS:
+        word, note = MECHANICS_ONLY, f"{about['learner']} cannot support it; by its numbers {word}"
+    return Finding(outcome, effect, word, note, under, last)
+
+
+def explore(about: Mapping[str, Any], rows: pd.DataFrame) -> list[Finding]:
+    """The exploratory outcomes; without a verdict, the note says what came out against expectation."""
+    found = []
+    for plain in about["exploratory"]:
+        outcome = Outcome.model_validate(plain)
+        effect, p, last = observe(about, rows, outcome)
+        word, note = verdict(effect, outcome, equivalence=p)
+        found.append(Finding(outcome, effect, "", note if word == CONTRADICTED else "", {}, last))
+    return found
+
+
+def observe(about: Mapping[str, Any], rows: pd.DataFrame, outcome: Outcome) -> tuple[Interval, float, int | None]:
+    """An outcome over seeds: its interval, the p-value of equivalence within its margin, and the final round."""
+    if outcome.contrast in _factors(about):
+        found = {e.name: e for e in factorial(about, rows, outcome)}
+        values = list(found[outcome.contrast].by_seed)
+    else:
+        left, right = outcome.sides
+        ours, last = change(rows, outcome, left)
+        theirs = change(rows, outcome, right)[0] if right else dict.fromkeys(ours, 0.0)
+        values = [ours[s] - theirs[s] for s in sorted(ours) if s in theirs]
+    last = _last(rows, outcome)
+    v = np.array(values, dtype=float)
+    if len(v) > 1 and np.ptp(v) <= 1e-9:  # no scatter to build an interval from; see analysis
+        none = Interval(float(v.mean()), math.nan, math.nan, len(v), math.nan, "all seeds agree exactly")
+        return none, math.nan, last
+    p = stats.equivalence_over_seeds(v, outcome.margin) if outcome.margin > 0 and len(v) > 1 else math.nan
+    return stats.t_over_seeds(v), p, last
+
+
+def change(rows: pd.DataFrame, outcome: Outcome, arm: str) -> tuple[dict[int, float], int | None]:
+    """Change of an outcome's metric from round 0 to the final round, by seed; seeds without both are left out."""
+    last = _last(rows, outcome)
+    if last is None or last == 0:
+        return {}, last
+    level = _levels(rows, outcome, arm, (0, last))
+    return {s: v[last] - v[0] for s, v in level.items() if len(v) == 2}, last
+
+
+def _last(rows: pd.DataFrame, outcome: Outcome) -> int | None:
+    at = rows[rows["metric"].isin(outcome.parts) & rows["value"].notna()]
+    return int(at["round"].max()) if len(at) else None
+
+
+def _levels(rows: pd.DataFrame, outcome: Outcome, arm: str, rounds: Sequence[int]) -> dict[int, dict[int, float]]:
+    """Seed -> round -> weighted sum of the metrics, where all of them are measured."""
+    at = rows[
+        (rows["arm"] == arm)
+        & (rows["population"] == outcome.population)
+        & (rows["stratum"] == (outcome.stratum or ""))
+        & rows["metric"].isin(outcome.parts)
+        & rows["round"].isin(rounds)
+    ]
+    found: dict[int, dict[int, float]] = {}
+    for (seed, t), group in at.groupby(["seed", "round"]):
+        value = dict(zip(group["metric"], group["value"], strict=True))
+        total = sum(c * value.get(name, math.nan) for name, c in outcome.parts.items())
+        if math.isfinite(total):
+            found.setdefault(int(seed), {})[int(t)] = total
+    return found
+
+
+def _factors(about: Mapping[str, Any]) -> list[str]:
+    levels = about["levels"]
+    return list(next(iter(levels.values()))) if levels else []
+
+
+def factorial(about: Mapping[str, Any], rows: pd.DataFrame, outcome: Outcome) -> list[analysis.Effect]:
+    """Main effects and two-way interactions of a factorial sweep on the final level of a share; see analysis.
+
+    Raises:
+      ValueError: if the metric is a weighted sum, whose logit means nothing.
+    """
+    if len(outcome.parts) != 1:
+        raise ValueError(f"metric of a factorial must be one share, got {', '.join(outcome.parts)}")
+    last = _last(rows, outcome)
+    names = _factors(about)
+    cells: dict[tuple[int, ...], dict[int, float]] = {}
+    for arm, level in about["levels"].items():
+        found = {} if last is None else _levels(rows, outcome, arm, (last,))
+        cells[tuple(level[f] for f in names)] = {seed: v[last] for seed, v in found.items() if last is not None}
+    n = rows.loc[rows["metric"].isin(outcome.parts) & (rows["round"] == last), "n"].median()
+    return analysis.factorial(names, cells, n_outputs=float(n))
+
+
+# The page -----------------------------------------------------------------------------------------------------------
+
+
+def summary(sweep: Sweep) -> list[str]:
+    """What a finished sweep says, in a few lines; [] where nothing is played or nothing was asked."""
+    table = gather(sweep)
+    if table is None:
+        return []
+    rows = table.to_pandas()
+    about = json.loads(table.schema.metadata[META])
+    lines = []
+    found = judge(about, rows)
+    if found is not None:
+        lines.append(f"{_title(about)}: {_asked(found.outcome)}: {_observed(found)} over {found.effect.n} seeds; "
+                     f"verdict: {found.verdict}{_why(found)}")  # fmt: skip
+    for other in explore(about, rows):
+        lines.append(f"  exploratory: {_asked(other.outcome)}: {_observed(other)}{_why(other)}")
+    return lines
+
+
+def page(folder: Path) -> str:
+    """docs/findings.md, from the tables in a folder and nothing else."""
+    found = []
+    for path in sorted(folder.glob("*.parquet")):
+        about, rows = read(path)
+        found.append((about, rows, judge(about, rows)))
+    lines = [
+        "# Findings",
+        "",
+        "Written by `loop findings` from the tables in `docs/findings/` alone (`make scenarios` plays the runs behind",
+        "them). The verdict on a scenario follows from its one primary outcome; everything else is exploratory.",
+        "Intervals are 95%, Student over seeds, arms paired by seed. `tiny` and `toy` can support mechanics only.",
+        "",
+    ]
+    if not found:
+        return "\n".join([*lines, "No scenario is played yet.", ""])
+    lines += [
+        "| scenario | learner | seeds | expected | observed | detectable | verdict |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for about, _, main in found:
+        power = about["power"]
+        cells = [
+            f"[{_title(about)}](#{_anchor(about)})",
+            about["learner"],
+            str(len(about["seeds"]) if main is None else main.effect.n),
+            _cell(about["expected"]),
+            NOTHING if main is None else _observed(main),
+            NOTHING if not power or power["detectable"] is None else f"{power['detectable']:.3f}",
+            f"**{DEMONSTRATION if main is None else main.verdict}**",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    for about, rows, main in found:
+        lines += _section(about, rows, main)
+    return "\n".join([*lines, ""])
+
+
+def _section(about: Mapping[str, Any], rows: pd.DataFrame, main: Finding | None) -> list[str]:
+    lines = ["", f"## {_title(about)}", ""]
+    for head in ("question", "expected", "why"):
+        if about[head]:
+            lines.append(f"- {head.capitalize()}: {about[head]}")
+    n_runs = rows["run"].nunique()
+    planned = len(about["arms"]) * len(about["seeds"])
+    played = f"{n_runs} runs" if n_runs == planned else f"{n_runs} of {planned} runs played"
+    lines.append(f"- Learner: {about['learner']}, {about['n_rounds']} feedback rounds, seeds "
+                 f"{', '.join(map(str, about['seeds']))}; {played}")  # fmt: skip
+    power = about["power"]
+    if power:
+        when = "before the run" if power["played"] == 0 else f"when {power['played']} runs were played already"
+        what = "not stated" if power["detectable"] is None else f"{power['detectable']:.3f} detectable"
+        sd = "" if power["sd"] is None else f", sd {power['sd']:.3f}"
+        lines.append(f"- Power, stated {when}: {what}{sd} at {power['n_seeds']} seeds ({power['source']})")
+    if main is None:
+        lines.append(f"- Verdict: **{DEMONSTRATION}**; the file names no primary outcome")
+    else:
+        final = "" if main.last_round is None else f", round {main.last_round} against round 0"
+        lines.append(f"- Primary: {_asked(main.outcome)}{final}: {_observed(main)} over {main.effect.n} paired seeds")
+        for audience, interval in main.under.items():
+            lines.append(f"- The same under {audience}: {_interval(interval)}")
+        lines.append(f"- Verdict: **{main.verdict}**{_why(main)}")
+        if about["controls"]:
+            lines += ["", f"| control | change of {_metric(main.outcome)} |", "|---|---|"]
+            for arm in about["controls"]:
+                alone = main.outcome.model_copy(update={"contrast": arm})
+                lines.append(f"| {arm} | {_interval(observe(about, rows, alone)[0])} |")
+    rest = explore(about, rows)
+    if rest:
+        lines += ["", "| exploratory | expected | observed | |", "|---|---|---|---|"]
+        lines += [f"| {_asked(f.outcome)} | {_direction(f.outcome)} | {_observed(f)} | {f.note} |" for f in rest]
+    if about["levels"] and main is not None:
+        lines += ["", "| effect, log odds | observed | p (Holm) |", "|---|---|---|"]
+        for e in factorial(about, rows, main.outcome):
+            p = NOTHING if math.isnan(e.p_holm) else f"{e.p_holm:.2g}"
+            lines.append(f"| {e.name} | {_interval(e.interval)} | {p} |")
+    return lines + _beside(about, rows)
+
+
+def _beside(about: Mapping[str, Any], rows: pd.DataFrame) -> list[str]:
+    """What was paid (an input) and health, by arm: means over seeds of the final round; empty for a factorial."""
+    if about["levels"]:
+        return []
+    names = [n for n in rows["metric"].unique() if n.startswith("differential/")]
+    health = [n for n, _ in HEALTH if n in set(rows["metric"])]
+    if not names and not health:
+        return []
+    shown = [*sorted(names), *health]
+    lines = ["", "| arm, means over seeds | " + " | ".join(shown) + " |", "|---|" + "---|" * len(shown)]
+    last = int(rows["round"].max())
+    for arm in about["arms"]:
+        mine = rows[rows["arm"] == arm]
+        cells = []
+        for name in shown:
+            at = mine[mine["metric"] == name]
+            # What was paid in rounds before the final one is what could move it.
+            v = at.loc[at["round"] < last if name in names else at["round"] == last, "value"].dropna()
+            cells.append(NOTHING if v.empty else f"{v.mean():.3f}")
+        lines.append(f"| {arm} | " + " | ".join(cells) + " |")
+    if names:
+        lines += [
+            "",
+            "The differential is an input (what the audience paid, mean 1, rounds before the final), no result.",
+        ]
+    return lines
+
+
+def _title(about: Mapping[str, Any]) -> str:
+    return str(about["name"]) + (f" ({about['size']})" if about["size"] else "")
+
+
+def _anchor(about: Mapping[str, Any]) -> str:
+    return _title(about).lower().replace(" ", "-").replace("(", "").replace(")", "")
+
+
+def _metric(outcome: Outcome) -> str:
+    if isinstance(outcome.metric, str):
+        text = outcome.metric
+    else:
+        text = " ".join(
+            f"{'-' if c < 0 else '+'} {'' if abs(c) == 1 else f'{abs(c):g} '}{name}"
+            for name, c in outcome.parts.items()
+        ).removeprefix("+ ")
+    where = [outcome.stratum] if outcome.stratum else []
+    where += [outcome.population] if outcome.population != "probes" else []
+    return f"{text} ({', '.join(where)})" if where else text
+
+
+def _asked(outcome: Outcome) -> str:
+    return f"{_metric(outcome)}, {outcome.contrast}"
+
+
+def _direction(outcome: Outcome) -> str:
+    if outcome.direction == "none":
+        return f"within ±{outcome.margin:g}"
+    return outcome.direction + (f" by {outcome.margin:g}" if outcome.margin else "")
+
+
+def _observed(found: Finding) -> str:
+    return _interval(found.effect)
+
+
+def _interval(i: Interval) -> str:
+    if not math.isfinite(i.value):
+        return "not measured"
+    if not math.isfinite(i.low):
+        return f"{i.value:+.3f} (no interval: {i.reason})"
+    return f"{i.value:+.3f} [{i.low:+.3f}, {i.high:+.3f}]"
+
+
+def _why(found: Finding) -> str:
+    return f" ({found.note})" if found.note else ""
+
+
+def _cell(text: str | None) -> str:
+    return " ".join((text or NOTHING).split()).replace("|", "/")

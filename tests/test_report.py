@@ -1,0 +1,265 @@
+"""The ledger as it is read from metrics, added up over rounds, printed and drawn."""
+
+import math
+
+import numpy as np
+import pytest
+
+from loop import report, show
+from loop.evolution import STEPS
+from loop.records import Metric
+from loop.report import LEVELS, Step, ledger_steps
+
+
+def row(t, name, value, low=None, high=None, reason=None):
+    return Metric(t, "samples", None, name, value, low, high, 100, "share", reason)
+
+
+def book(t, persona, observed, corrected=None, half=0.0):
+    """Metrics of one round: a value per level, and corrected ones of a given half-width."""
+    rows = [row(t, f"ledger/{persona}/{s}", v) for s, v in zip(LEVELS, observed, strict=True)]
+    for s, v in zip(LEVELS, corrected or [], strict=False):
+        rows.append(row(t, f"ledger_corrected/{persona}/{s}", v, v - half, v + half))
+    return rows
+
+
+FIRST = [0.10, -0.01, 0.06, 0.01, -0.02, -0.03, 0.04, 0.00]  # ends at 0.15
+SECOND = [0.15, 0.00, 0.02, 0.00, 0.01, -0.05, 0.02, 0.03]  # ends at 0.18
+
+
+def test_levels_are_the_share_a_round_starts_from_and_the_seven_steps():
+    assert ("emit", *STEPS) == LEVELS
+    assert set(report.BOOKKEEPING) < set(STEPS)
+
+
+def test_one_round_stands_as_it_was_stored():
+    corrected = [2 * v for v in FIRST]
+    steps = ledger_steps([book(1, "nova", FIRST, corrected, half=0.02)], "nova")
+    assert [s.name for s in steps] == list(LEVELS)
+    assert [s.observed for s in steps] == FIRST
+    assert [s.corrected for s in steps] == pytest.approx(corrected, abs=1e-15)
+    assert [s.low for s in steps] == pytest.approx([v - 0.02 for v in corrected], abs=1e-15)
+    assert [s.high for s in steps] == pytest.approx([v + 0.02 for v in corrected], abs=1e-15)
+    assert {s.reason for s in steps} == {None}
+
+
+def test_over_rounds_changes_and_half_widths_add_and_the_start_is_the_first():
+    rounds = [[row(0, "n_eff", 9.0)], book(1, "nova", FIRST, FIRST, 0.01), book(2, "nova", SECOND, SECOND, 0.03)]
+    steps = {s.name: s for s in ledger_steps(rounds, "nova")}
+    assert steps["emit"].observed == 0.10
+    assert steps["weight"].observed == pytest.approx(0.08)  # 0.06 + 0.02
+    assert steps["real"].observed == pytest.approx(-0.08)  # -0.03 - 0.05
+    # 0.10 and all changes give where the second round ended.
+    assert sum(s.observed for s in steps.values()) == pytest.approx(0.18)
+    assert (steps["weight"].low, steps["weight"].high) == pytest.approx((0.04, 0.12))  # 0.08 -+ (0.01 + 0.03)
+    assert (steps["emit"].low, steps["emit"].high) == pytest.approx((0.09, 0.11))
+
+
+def test_what_was_not_measured_is_nan_with_its_reason_and_never_zero():
+    rows = book(1, "nova", FIRST)
+    rows = [row(1, r.name, None, reason="filter: no documents") if r.name.endswith("filter") else r for r in rows]
+    steps = {s.name: s for s in ledger_steps([rows], "nova")}
+    assert math.isnan(steps["filter"].observed)
+    assert "filter: no documents" in steps["filter"].reason
+    assert steps["weight"].observed == 0.06
+    assert all(math.isnan(s.corrected) and "no correction" in s.reason for s in steps.values())
+
+
+@pytest.mark.parametrize(("rounds", "listed"), [([book(1, "nova", FIRST)], "nova"), ([[]], "none: no round")])
+def test_a_persona_without_a_ledger_is_refused_and_those_with_one_are_named(rounds, listed):
+    with pytest.raises(ValueError, match=f"persona must have a ledger, got 'hal'; those that have: {listed}"):
+        ledger_steps(rounds, "hal")
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figure that plot_ledger would save."""
+    kept = []
+
+    def keep(figure, path):
+        kept.append(figure)
+        return [path]
+
+    monkeypatch.setattr(report, "_save", keep)
+    yield kept
+    import matplotlib.pyplot as plt
+
+    plt.close("all")
+
+
+def test_a_bar_starts_where_the_last_one_ended_and_its_point_shares_its_foot(drawn, tmp_path):
+    corrected = [v + 0.005 for v in FIRST]
+    steps = ledger_steps([book(1, "nova", FIRST, corrected, 0.02)], "nova")
+    report.plot_ledger({"nova": steps}, tmp_path / "x", title="t")
+    (axes,) = drawn[0].axes
+    bars = axes.patches
+    ends = np.cumsum(FIRST)
+    feet = [0.0, *ends[:-1]]
+    assert [b.get_y() for b in bars[:-1]] == pytest.approx(feet)
+    assert [b.get_height() for b in bars[:-1]] == pytest.approx(FIRST)
+    assert (bars[-1].get_y(), bars[-1].get_height()) == (0, pytest.approx(0.15))
+    points = [c.lines[0].get_ydata()[0] for c in axes.containers if hasattr(c, "has_yerr")]
+    assert points == pytest.approx([f + c for f, c in zip(feet, corrected, strict=True)])
+
+
+def test_direction_shows_without_colour_and_bookkeeping_steps_are_marked(drawn, tmp_path):
+    steps = ledger_steps([book(1, "nova", FIRST)], "nova")
+    report.plot_ledger({"nova": steps}, tmp_path / "x", title="t")
+    (axes,) = drawn[0].axes
+    hatched = {s.name: b.get_hatch() for s, b in zip(steps, axes.patches, strict=False)}
+    assert {n for n, h in hatched.items() if h} == {"filter", "discourse", "real"}  # the steps below 0
+    labels = [t.get_text() for t in axes.get_xticklabels()]
+    assert [t for t in labels if t.endswith("*")] == ["discourse *", "prompts *"]
+    assert "not causes" in drawn[0].get_suptitle()
+
+
+def test_a_figure_of_the_same_numbers_has_the_same_bytes(tmp_path):
+    steps = {"nova": ledger_steps([book(1, "nova", FIRST, FIRST, 0.02)], "nova")}
+    steps["stella"] = [Step(s.name, math.nan, math.nan, math.nan, math.nan, "nothing accepted") for s in steps["nova"]]
+    one, two = (report.plot_ledger(steps, tmp_path / n / "ledger", title="t") for n in ("a", "b"))
+    assert [f.suffix for f in one] == [".svg", ".png"]
+    assert [f.read_bytes() for f in one] == [f.read_bytes() for f in two]
+    with pytest.raises(ValueError, match="books must hold a persona, got none"):
+        report.plot_ledger({}, tmp_path / "x", title="t")
+
+
+# ---------------------------------------------------------------- what the terminal shows
+
+
+class Stored:
+    """Stands for a run on disk: metrics and candidates by round."""
+
+    metrics: dict[int, list[Metric]]
+    candidates: dict[int, list[dict[str, object]]]
+
+    def __init__(self, path):
+        pass
+
+    def rounds(self):
+        return sorted(t for t in self.metrics if t >= 0)
+
+    def has_baseline(self):
+        return -1 in self.metrics
+
+    def files(self, t):
+        return {"candidates.json": {}} if t in self.candidates else {}
+
+    def read_json(self, t, name):
+        return self.candidates[t]
+
+
+@pytest.fixture
+def stored(monkeypatch, tmp_path):
+    Stored.metrics, Stored.candidates = {}, {}
+    monkeypatch.setattr(show, "RunStore", Stored)
+    monkeypatch.setattr(show, "read_metrics", lambda run, t: Stored.metrics[t])
+    monkeypatch.setenv("COLUMNS", "200")
+    return tmp_path
+
+
+def probe(t, name, value, low=None, high=None, stratum=None, reason=None):
+    return Metric(t, "probes", stratum, name, value, low, high, 100, "share", reason)
+
+
+def test_a_round_shows_the_corrected_frequency_and_the_floor_of_measuring_twice(stored, capsys):
+    for t, value in ((0, 0.30), (1, 0.50)):
+        Stored.metrics[t] = [
+            probe(t, "frequency/nova", value, value - 0.0784, value + 0.0784),  # 2 * 0.0784 / 3.92: se 0.04
+            probe(t, "frequency_observed/nova", 0.9),
+            probe(t, "frequency_observed/stella", 0.2, 0.1, 0.3),
+            probe(t, "frequency/stella", None, reason="no calibration text of it"),
+            probe(t, "kl_to_base", 0.5, 0.4, 0.6),
+            probe(t, "self_similarity", None, reason="fewer than two texts"),
+        ]
+    show.print_round(stored)
+    shown = capsys.readouterr().out
+    (nova,) = [line for line in shown.splitlines() if " nova " in line]
+    # sqrt(2 * 0.04**2) * sqrt(2 / pi) = 0.0451
+    for part in ("0.500", "[0.422, 0.578]", "corrected", "+0.200", "0.045"):
+        assert part in nova
+    (stella,) = [line for line in shown.splitlines() if " stella " in line]
+    assert "0.200" in stella
+    assert "observed" in stella
+    assert "kl_to_base 0.500 share, change +0.000" in shown
+    assert "self_similarity not measured: fewer than two texts" in shown
+
+
+def test_a_change_between_a_corrected_and_an_observed_frequency_is_not_shown(stored, capsys):
+    Stored.metrics = {
+        0: [probe(0, "frequency_observed/nova", 0.9, 0.8, 1.0)],
+        1: [probe(1, "frequency/nova", 0.5, 0.4, 0.6), probe(1, "frequency_observed/nova", 0.9, 0.8, 1.0)],
+    }
+    show.print_round(stored)
+    (nova,) = [line for line in capsys.readouterr().out.splitlines() if " nova " in line]
+    assert "-0.4" not in nova
+    assert "+0.0" not in nova
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ([("belief", 0.4), ("belief_observed", 0.6)], "0.400 [0.300, 0.500] (corrected)"),
+        ([("belief", None), ("belief_observed", 0.6)], "0.600 [0.500, 0.700] (observed)"),
+        ([("belief", 0.6)], "0.600 [0.500, 0.700] (observed)"),  # a run of before the correction
+        ([], "private belief: not measured"),
+    ],
+)
+def test_belief_says_whether_it_is_corrected(stored, capsys, rows, said):
+    Stored.metrics[0] = [
+        probe(0, name, v, None if v is None else v - 0.1, None if v is None else v + 0.1, stratum="private")
+        for name, v in rows
+    ]
+    show.print_round(stored)
+    assert said in capsys.readouterr().out
+
+
+def test_a_story_marks_each_number_as_corrected_or_observed(stored, capsys):
+    Stored.metrics = {
+        0: [probe(0, "frequency_observed/nova", 0.25, 0.2, 0.3)],
+        1: [probe(1, "frequency/nova", 0.5, 0.4, 0.6), probe(1, "frequency_observed/nova", 0.9, 0.8, 1.0)],
+    }
+    show.print_story(stored, ("nova",))
+    shown = capsys.readouterr().out
+    assert "0.250 [0.200, 0.300] o" in shown
+    assert "0.500 [0.400, 0.600] c" in shown
+    assert "0.900" not in shown
+
+
+def test_the_ledger_is_printed_with_the_rounds_it_covers(stored, capsys):
+    Stored.metrics = {0: [], 1: book(1, "nova", FIRST, FIRST, 0.01), 2: book(2, "nova", SECOND)}
+    show.print_ledger(stored, ("nova",))
+    both = capsys.readouterr().out
+    assert "rounds 1 to 2, summed" in both
+    assert "0.180" in both  # the end
+    assert "Accounting, not causes" in both
+    show.print_ledger(stored, ("nova",), round_index=1)
+    one = capsys.readouterr().out
+    assert "round 1: ledger of nova" in one
+    assert "+0.060 [+0.050, +0.070]" in one
+    with pytest.raises(ValueError, match="round must be one of"):
+        show.print_ledger(stored, ("nova",), round_index=7)
+
+
+def test_candidates_are_listed_without_letting_their_texts_touch_the_terminal(stored, capsys, monkeypatch):
+    Stored.metrics = {-1: [], 0: [], 1: []}
+    show.print_candidates(stored)
+    assert "no candidate persona in any round" in capsys.readouterr().out
+    Stored.candidates = {
+        0: [],
+        1: [
+            {
+                "name": "r001-candidate0", "size": 12, "share": 0.12, "unknown": 0.75, "words": ["moon", "\x1b[2Jtea"],
+                "typical_texts": ["one\x1b]0;x", "two", "three"], "growth": [0.01, None, 0.12],
+            }
+        ],
+    }  # fmt: skip
+    show.print_candidates(stored)
+    shown = capsys.readouterr().out
+    assert "r001-candidate0: 12 unrequested samples of round 1, share 0.120" in shown
+    assert "0.010 not measured 0.120" in shown
+    assert "said: two" in shown
+    assert "three" not in shown
+    assert "\x1b" not in shown
+    monkeypatch.setattr(show, "_texts", lambda run, t: iter(()))
+    show.print_run(stored)
+    assert "nobody planned: 1 in round 1" in capsys.readouterr().out

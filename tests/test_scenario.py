@@ -1,0 +1,287 @@
+"""Tests of scenario.py: verdicts follow from the numbers by rule, and the page from the tables alone."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+
+from loop import analysis, scenario, stats, sweep
+from loop.config import ConfigError
+from loop.stats import Interval
+from loop.sweep import Outcome
+
+ROOT = Path(__file__).resolve().parent.parent
+FILES = sorted((ROOT / "configs" / "scenarios").glob("*.yaml"))
+PRIMARY = {"metric": "frequency/nova", "contrast": "full - neutral", "direction": "up", "margin": 0.0}
+
+
+def outcome(**changes):
+    return Outcome.model_validate(PRIMARY | changes)
+
+
+def rows_of(values, metric="frequency/nova", population="probes", stratum="", n=100):
+    """Rows of a table from {arm: {seed: [value in round 0, 1, ...]}}."""
+    return pd.DataFrame(
+        [
+            (f"{arm}-s{seed}", arm, seed, t, population, stratum, metric, v, math.nan, math.nan, n)
+            for arm, seeds in values.items()
+            for seed, series in seeds.items()
+            for t, v in enumerate(series)
+        ],
+        columns=[f.name for f in scenario.ROWS],
+    )
+
+
+def about(**changes):
+    given = {
+        "name": "nova_stella", "size": "full", "learner": "smollm2-135m", "question": "Does it?", "expected": "up",
+        "why": "so", "time": None, "seeds": [0, 1, 2], "n_rounds": 1, "arms": ["neutral", "full"], "controls": [],
+        "levels": {}, "primary": outcome().model_dump(), "exploratory": [], "twins": None, "power": None,
+    }  # fmt: skip
+    return given | changes
+
+
+# Changes of 0.2, 0.3, 0.4 against 0: mean 0.3, sd 0.1, t(2, 0.975) = 4.3027, half = 4.3027 * 0.1 / sqrt(3) = 0.2484.
+RISES = {"full": {0: [0.1, 0.3], 1: [0.1, 0.4], 2: [0.1, 0.5]}, "neutral": {s: [0.1, 0.1] for s in range(3)}}
+
+
+def test_the_effect_is_the_paired_change_against_the_control_with_students_interval():
+    found = scenario.judge(about(), rows_of(RISES))
+    assert found.effect.value == pytest.approx(0.3)
+    assert (found.effect.low, found.effect.high) == pytest.approx((0.3 - 0.2484, 0.3 + 0.2484), abs=1e-4)
+    assert (found.verdict, found.last_round, found.effect.n) == ("supported", 1, 3)
+
+
+def test_a_seed_that_lacks_its_pair_or_its_final_round_is_left_out():
+    values = {arm: dict(seeds) for arm, seeds in RISES.items()}
+    values["full"][3] = [0.1, 0.9]  # no neutral run
+    values["full"][4], values["neutral"][4] = [0.1], [0.1, 0.1]  # stopped after round 0
+    found = scenario.judge(about(), rows_of(values))
+    assert found.effect.n == 3
+    assert found.effect.value == pytest.approx(0.3)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "direction", "margin", "word"),
+    [
+        (0.01, 0.03, "up", 0.0, "supported"),
+        (0.01, 0.03, "up", 0.02, "inconclusive"),
+        (0.021, 0.03, "up", 0.02, "supported"),
+        (0.01, 0.019, "up", 0.02, "contradicted"),  # it rises, by less than what counts
+        (-0.03, -0.01, "up", 0.0, "contradicted"),
+        (-0.03, -0.01, "down", 0.0, "supported"),
+        (-0.03, -0.01, "down", 0.02, "inconclusive"),
+        (0.01, 0.03, "down", 0.0, "contradicted"),
+        (-0.01, 0.01, "up", 0.0, "inconclusive"),
+        (0.04, 0.06, "none", 0.03, "contradicted"),
+        (-0.06, -0.04, "none", 0.03, "contradicted"),
+        (0.01, 0.06, "none", 0.03, "inconclusive"),
+    ],
+)
+def test_the_verdict_follows_from_interval_direction_and_margin(low, high, direction, margin, word):
+    effect = Interval((low + high) / 2, low, high, 5)
+    assert scenario.verdict(effect, outcome(direction=direction, margin=margin))[0] == word
+
+
+def test_a_null_is_supported_by_two_one_sided_tests_and_not_by_mere_insignificance():
+    # Mean 0, sd 0.01 over 5 seeds: t = 0.03 sqrt(5) / 0.01 = 6.7, p = 0.0013. With sd 0.1 it is 0.67, p = 0.27.
+    for scale, word in ((0.01, "supported"), (0.1, "inconclusive")):
+        spread = scale * np.array([-1, -1, 0, 1, 1]) / 1.0
+        values = {"idempotent": {s: [0.2, 0.2 + v] for s, v in enumerate(spread)}}
+        plain = outcome(contrast="idempotent", direction="none", margin=0.03).model_dump()
+        found = scenario.judge(about(name="idempotence", primary=plain), rows_of(values))
+        assert found.verdict == word
+        assert stats.t_over_seeds(spread).low < 0 < stats.t_over_seeds(spread).high
+
+
+def test_one_seed_is_a_demonstration_and_seeds_that_agree_exactly_decide_nothing():
+    one = {arm: {0: series[0]} for arm, series in RISES.items()}
+    assert scenario.judge(about(), rows_of(one)).verdict == "demonstration"
+    same = {"full": {s: [0.1, 0.3] for s in range(3)}, "neutral": RISES["neutral"]}
+    found = scenario.judge(about(), rows_of(same))
+    assert (found.verdict, found.note) == ("inconclusive", "all seeds agree exactly")
+    assert scenario.judge(about(primary=None), rows_of(RISES)) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "learner", "word"),
+    [
+        ("sydney", "tiny", "mechanics only"),
+        ("sydney", "toy", "mechanics only"),
+        ("sydney", "smollm2-135m", "supported"),
+        ("hitchhiking", "tiny", "supported"),
+        ("regimes", "toy", "supported"),
+    ],
+)
+def test_a_small_learner_supports_mechanics_only(name, learner, word):
+    assert scenario.judge(about(name=name, learner=learner), rows_of(RISES)).verdict == word
+
+
+@pytest.mark.parametrize(
+    ("no_request", "learned", "word"),
+    [(0.15, 0.15, "supported"), (0.05, 0.15, "through the request alone"), (0.15, 0.1, "through the request alone")],
+)
+def test_a_claim_about_a_persona_needs_the_same_sign_without_the_request_and_under_learned(no_request, learned, word):
+    # Round 0 is 0.1, so 0.05 fell, 0.1 stood still, and 0.15 rose.
+    values = RISES | {
+        "no_request": {s: [0.1, no_request] for s in range(3)},
+        "learned": {s: [0.1, learned] for s in range(3)},
+    }
+    twins = {"no_request": "no_request", "learned": "learned"}
+    assert scenario.judge(about(twins=twins), rows_of(values)).verdict == word
+
+
+def test_a_metric_may_be_a_weighted_sum():
+    nova = rows_of(RISES)
+    stella = rows_of({"full": {s: [0.2, 0.1] for s in range(3)}, "neutral": {s: [0.2, 0.2] for s in range(3)}},
+                     metric="frequency/stella")  # fmt: skip
+    plain = outcome(metric={"frequency/nova": 1, "frequency/stella": -1}).model_dump()
+    found = scenario.judge(about(primary=plain), pd.concat([nova, stella], ignore_index=True))
+    assert found.effect.value == pytest.approx(0.3 + 0.1)
+
+
+@pytest.mark.parametrize("metric", ["frequency/nova", "belief", {"frequency/nova": 1.0, "frequency/stella": -1.0}])
+def test_where_nothing_is_corrected_the_observed_number_is_read_and_named(metric):
+    names = [metric] if isinstance(metric, str) else list(metric)
+    said = {n: n.replace("frequency", "frequency_observed").replace("belief", "belief_observed") for n in names}
+    for value, read in ((math.nan, list(said.values())), (0.2, names)):
+        metrics = pd.DataFrame({"name": [*names, *said.values()], "value": [value] * len(names) + [0.3] * len(names)})
+        assert list(scenario._as_measured(outcome(metric=metric), metrics).parts) == read
+
+
+def sweep_file(tmp_path, **changes):
+    arms = {"neutral": {"virality.audience": "null"}, "full": {}, "no_request": {"virality.audience": "no_request"},
+            "learned": {"virality.audience": "learned"}}  # fmt: skip
+    overrides = {"mix.n_train": 30, "sample.n_samples": 30, "virality.posts_per_sample": 20, "toy.n_documents": 20,
+                 "n_rounds": 1, "measure.n_surprisal": 2}  # fmt: skip
+    given = {"base": str(ROOT / "configs" / "smoke.yaml"), "seeds": [0, 1], "overrides": overrides, "arms": arms,
+             "primary": PRIMARY, "question": "Does it?"}  # fmt: skip
+    path = tmp_path / "nova_stella.yaml"
+    path.write_text(yaml.safe_dump({k: v for k, v in (given | changes).items() if v is not None}, sort_keys=False))
+    return path
+
+
+def test_a_claim_under_audience_full_without_the_other_two_is_refused(tmp_path):
+    path = sweep_file(tmp_path, arms={"neutral": {"virality.audience": "null"}, "full": {}})
+    with pytest.raises(ConfigError, match=r"virality\.audience alone: no_request and learned; add them"):
+        sweep.load(path)
+    sweep.load(sweep_file(tmp_path, arms={"neutral": {"virality.audience": "null"}, "full": {}},
+                          primary=PRIMARY | {"direction": "none", "margin": 0.1}))  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("primary", "message"),
+    [
+        ({"contrast": "ful - neutral"}, "primary.contrast: unknown arm 'ful', did you mean full?"),
+        ({"direction": "sideways"}, "primary.direction"),
+        ({"margin": -1}, "primary.margin"),
+        ({"direction": "none"}, "margin must be > 0 for direction none"),
+        ({"metrics": "x"}, "primary.metrics: unknown key, did you mean metric?"),
+    ],
+)
+def test_a_primary_outcome_that_says_nothing_is_refused(tmp_path, primary, message):
+    with pytest.raises(ConfigError) as error:
+        sweep.load(sweep_file(tmp_path, primary=PRIMARY | primary))
+    assert len(error.value.problems) == 1
+    assert message in error.value.problems[0]
+
+
+def test_power_is_stated_before_the_run_and_stays_as_it_was_said(tmp_path):
+    loaded = sweep.load(sweep_file(tmp_path), runs_dir=tmp_path / "runs")
+    before = scenario.state_power(loaded)
+    assert before.played == 0
+    assert before.n_seeds == 2
+    # 80% power at two seeds takes more than t(1, 0.975) = 12.7 standard errors.
+    assert before.detectable > 12.7 * before.sd / math.sqrt(2)
+    for cell in sweep.cells([loaded])[:1]:
+        (cell.run_dir / "round_001").mkdir(parents=True)
+    assert scenario.state_power(loaded) == before
+    more = sweep.load(sweep_file(tmp_path), runs_dir=tmp_path / "runs", seeds=[0, 1, 2])
+    after = scenario.state_power(more)
+    assert (after.played, after.n_seeds) == (1, 3)
+    assert after.detectable < before.detectable
+
+
+def test_a_played_scenario_becomes_a_table_and_the_page_comes_from_it_alone(tmp_path):
+    path = sweep_file(tmp_path, controls=["neutral"], exploratory=[PRIMARY | {"direction": "down"}])
+    loaded = sweep.load(path, runs_dir=tmp_path / "runs")
+    assert scenario.write(loaded, tmp_path / "findings").startswith("nova_stella: no run of it is played")
+    for cell in sweep.cells([loaded]):
+        result = sweep.play_cell(sweep._task(cell, None, False, remote=False))
+        assert result.reason is None
+    scenario.write(loaded, tmp_path / "findings")
+    first = (tmp_path / "findings" / "nova_stella.parquet").read_bytes()
+    page = scenario.page(tmp_path / "findings")
+    scenario.write(loaded, tmp_path / "findings")
+    assert (tmp_path / "findings" / "nova_stella.parquet").read_bytes() == first
+    # The same numbers as `loop compare` would give.
+    runs = analysis.load(tmp_path / "runs")
+    pairs = analysis.pair(runs, [f"neutral-s{s}" for s in (0, 1)])
+    full = next(p for p in pairs if p.name == "full")
+    rows, _, _ = analysis.persona_contrasts(runs, full, "frequency")
+    contrast = next(r for r in rows if r.name == "nova").contrast
+    assert f"frequency/nova, full - neutral, round 1 against round 0: {scenario._interval(contrast)}" in page
+    for text in ("Does it?", "| neutral | ", "The same under learned", "Power, stated when 8 runs", "## nova_stella"):
+        assert text in page
+
+
+@pytest.mark.parametrize("effects", [{"a": 0.4}, {"a": 0.4, "b": -0.2, "a x b": 0.3}, {"c": 1.0, "b x c": -0.5}])
+def test_factorial_effects_are_recovered_where_they_were_put(effects):
+    # y = sum of effect / 2 * sign, so each effect is the difference between its two halves.
+    names = ["a", "b", "c"]
+    cells = {}
+    for k in range(8):
+        level = tuple(int(c) for c in f"{k:03b}")
+        sign = dict(zip(names, (2 * np.array(level) - 1).tolist(), strict=True))
+        y = sum(e / 2 * math.prod(sign[f] for f in name.split(" x ")) for name, e in effects.items())
+        cells[level] = {s: 1 / (1 + math.exp(-(y + 0.01 * s))) for s in range(3)}
+    found = {e.name: e for e in analysis.factorial(names, cells, n_outputs=1e9)}
+    assert list(found) == ["a", "b", "c", "a x b", "a x c", "b x c"]
+    for name, effect in found.items():
+        assert effect.interval.value == pytest.approx(effects.get(name, 0.0), abs=1e-6)
+
+
+def test_a_factorial_without_all_cells_is_refused_and_a_seed_without_them_left_out():
+    cells = {(a, b): {0: 0.5, 1: 0.4 + 0.1 * a} for a in (0, 1) for b in (0, 1)}
+    del cells[(1, 1)][0]
+    assert {e.name: e.interval.n for e in analysis.factorial(["a", "b"], cells, n_outputs=100)}["a"] == 1
+    del cells[(1, 1)]
+    with pytest.raises(ValueError, match="cells must be all 4 of the factorial, got 3"):
+        analysis.factorial(["a", "b"], cells, n_outputs=100)
+
+
+def test_the_page_is_what_the_committed_tables_give_byte_for_byte():
+    assert (ROOT / "docs" / "findings.md").read_text(encoding="utf-8") == scenario.page(ROOT / "docs" / "findings")
+
+
+def test_a_table_that_is_not_ours_is_refused(tmp_path):
+    pd.DataFrame({"a": [1]}).to_parquet(tmp_path / "x.parquet")
+    with pytest.raises(ValueError, match="table must be written by `loop findings`, got another at"):
+        scenario.page(tmp_path)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
+def test_every_shipped_scenario_resolves_at_both_sizes_and_says_what_it_is_for(path):
+    head = path.read_text().splitlines()[:4]
+    assert head[0].endswith("?")
+    assert [line.split(":")[0] for line in head[1:]] == ["# Expected", "# Command", "# Time"]
+    for size in ("tiny", "full"):
+        loaded = sweep.load(path, size=size)
+        assert loaded.file.primary is not None
+        assert len(loaded.seeds) >= 5
+        assert all(c.n_rounds >= 6 for arm, c in loaded.arms.items() if "origin" not in arm)
+
+
+@pytest.mark.parametrize("size", ["tiny", "full"])
+def test_scenarios_share_their_controls_and_no_directory_means_two_runs(size):
+    loaded = [sweep.load(path, size=size, seeds=[0]) for path in FILES]
+    assert len(sweep.cells(loaded)) < sum(len(s.arms) for s in loaded)
+
+
+def test_every_mechanics_scenario_is_shipped():
+    assert set(scenario.MECHANICS) <= {path.stem for path in FILES}
+    assert json.loads(json.dumps(scenario.MECHANICS))
