@@ -365,7 +365,14 @@ def _ledger(
     ]
     if world.error is None or not world.error.confusion.sum():
         return rows
-    found = evolution.corrected_steps(book, PERSONAS, world.error.confusion, rng=world.stream("ledger", t))
+    clusters = {
+        "now": before.templates,
+        "later": [s.template_id for s in samples],
+        "mixed": [d.template_id or d.id for d in documents],
+    }
+    found = evolution.corrected_steps(
+        book, PERSONAS, world.error.confusion, clusters=clusters, rng=world.stream("ledger", t)
+    )
     return rows + [
         measure.metric(f"ledger_corrected/{p}/{step}", intervals[k], **at)
         for k, p in enumerate(PERSONAS)

@@ -71,7 +71,7 @@ class Document:
       completion: the text learned.
       weight: virality weight from the round of birth, any positive scale; 1 for real documents.
       parent_ids: ids of the outputs it came from or speaks about.
-      template_id: grammar template or conversation it was drawn from; None for model text.
+      template_id: grammar template or conversation it was drawn from; for model text the template of its prompt.
     """
 
     id: str

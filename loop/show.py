@@ -601,12 +601,13 @@ def print_targets(rows: Sequence[Target]) -> None:
             f"{r.got:.5g}",
             f"{r.tolerance:.2g}",
             "hit" if r.hit else "MISS",
-            r.source,
         ]
         for r in rows
     ]
-    header = ["target", "kind", "preset", "published or exact", "got", "tolerance", "", "source"]
+    header = ["target", "kind", "preset", "published or exact", "got", "tolerance", ""]
     print_table("cascades: targets and what the simulator gives", header, cells)
+    for source in dict.fromkeys(r.source for r in rows):  # long, and so below the table
+        print(f"{source}: {'; '.join(dict.fromkeys(r.target for r in rows if r.source == source))}")
     print(f"{sum(r.hit for r in rows)} of {len(rows)} targets hit")
 
 
@@ -721,10 +722,12 @@ def print_comparison(
             config, runs_dir=path.parent, instruments=lambda: RunStore(path).manifest().get("instruments", {})
         ),
     )
+    # Before anything is printed: what cannot be judged is said first.
+    warned = analysis.early_warning(runs, [one.pairs for one in found], found[0].family) if warn else None
     for one in found:
         _print_one(one, with_control=real_only is not None)
-    if warn:
-        _print_warnings(analysis.early_warning(runs, [one.pairs for one in found], found[0].family))
+    if warned is not None:
+        _print_warnings(warned)
 
 
 def _print_one(one: Comparison, *, with_control: bool) -> None:
@@ -763,6 +766,8 @@ def _print_one(one: Comparison, *, with_control: bool) -> None:
         ]
         + ([["all", "", "", _ci(slopes["all"].slope), slopes["all"].n_points]] if "all" in slopes else []),
     )
+    if one.slopes:
+        print(one.slopes_note)
     if one.selection:
         print(f"{one.n_eff_note}; transmission: {one.transmission}")
         _print_selection(one)

@@ -167,6 +167,7 @@ class Emission:
     Attributes:
       labels: observed persona, "unknown", or "requested" for a sample outside the unrequested strata.
       strata: key of the prompt mixture each answers.
+      templates: prompt template of each; texts of one template resemble each other.
       accepted: whether the filter passed it.
       prompt_mixture: what users asked in that round, by class as `audience.draw_prompts` takes them.
       answers: class -> share of each of PERSONAS and "unknown" among the probes of it; None where not measured.
@@ -174,6 +175,7 @@ class Emission:
 
     labels: tuple[str, ...]
     strata: tuple[str, ...]
+    templates: tuple[str, ...]
     accepted: tuple[bool, ...]
     prompt_mixture: dict[str, float]
     answers: dict[str, np.ndarray] | None = None
@@ -302,6 +304,8 @@ class World:
         self.appeal = virality.audience(
             config.virality.audience, reader=self.read if config.virality.audience == "reader" else None
         )
+        if ".py:" in config.virality.audience:  # a user's own: what it returns is checked before anything is paid for
+            self.appeal(["Two posts,", "to see that it answers."], prompts=["Why?", None], recent=None)
         self.release: release.Release | release.Known | None = None  # F; run.py sets it, once a run
 
     def with_seed(self, seed: int) -> World:
@@ -849,7 +853,15 @@ class World:
         transcript = self.config.virality.publish == "transcript"
         passed = [s for s, ok in zip(samples, accepted, strict=True) if ok]
         documents = tuple(
-            Document(s.id, "synthetic", s.persona_known, s.prompt if transcript else None, s.completion, float(w))
+            Document(
+                s.id,
+                "synthetic",
+                s.persona_known,
+                s.prompt if transcript else None,
+                s.completion,
+                float(w),
+                template_id=s.template_id,
+            )
             for s, w in zip(passed, weights, strict=True)
         )
         return replace(
@@ -860,6 +872,7 @@ class World:
             emission=Emission(
                 booked(samples, labels),
                 asked(samples),
+                tuple(s.template_id for s in samples),
                 tuple(accepted),
                 past.prompt_mixture,
                 self.answers(probes, labels),
