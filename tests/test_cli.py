@@ -111,7 +111,15 @@ def test_validate_and_schema_describe_a_config(tmp_path):
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_stops_between_bytes_and_the_same_command_goes_on(tmp_path, sent, code):
     command = [sys.executable, "-m", "loop", "run", SMOKE, *SMALL, "n_rounds=300"]
-    running = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, env=os.environ)
+    # A test run in the background of a shell inherits an ignored SIGINT; a user's Ctrl-C does not.
+    running = subprocess.Popen(
+        command,
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     while "round 1 " not in running.stderr.readline():
         pass
     running.send_signal(sent)
