@@ -102,9 +102,10 @@ def print_round(run_dir: Path) -> None:
     now = _index(read_metrics(run_dir, rounds[-1]))
     before = _index(read_metrics(run_dir, rounds[-2])) if len(rounds) > 1 else {}
     table = Table(title=f"{run_dir}, round {rounds[-1]}: unrequested probes", title_justify="left")
-    for name in ("persona", "frequency", "95% interval", "", "change", "noise floor", "differential"):
-        table.add_column(name, justify="left" if name in ("persona", "") else "right")
-    shown = [p for p in (*PERSONAS, UNKNOWN) if p in FACTORIAL or any(_value(now, f"{f}/{p}") for f in _FAMILIES)]
+    for name in ("persona", "frequency", "95% interval", "", "change", "floor", "paid"):  # 76 columns wide at most
+        table.add_column(name, justify="left" if name in ("persona", "") else "right", no_wrap=True)
+    seen = {p for p in (*PERSONAS, UNKNOWN) for family in _FAMILIES.values() if _value(now, f"{family}/{p}")}
+    shown = [p for p in (*PERSONAS, UNKNOWN) if p in FACTORIAL or p in seen]
     for persona in shown:
         row, which = _frequency(now, persona)
         old = before.get(("probes", f"{_FAMILIES[which]}/{persona}"))
@@ -112,9 +113,10 @@ def print_round(run_dir: Path) -> None:
         change = _difference(row.value if row else None, old.value if old else None)
         floor = _noise_floor(row, old) if change else ""
         value = _number(row.value if row else None)
-        table.add_row(persona, value, _interval(row), which if value else "", change, floor, _number(differential))
+        table.add_row(persona, value, _interval(row), which[0] if value else "", change, floor, _number(differential))
     console = Console()
     console.print(table)
+    console.print("c: corrected for the instrument's error; o: observed; paid: the differential", highlight=False)
     console.print(_belief_line(now, before), highlight=False)
     health = (("heldout_loss", "heldout"), ("sample_entropy", "probes"), ("distinct_4", "probes"),
               ("kl_to_base", "probes"), ("self_similarity", "probes"))  # fmt: skip

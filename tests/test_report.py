@@ -168,6 +168,7 @@ def test_a_round_shows_the_corrected_frequency_and_the_floor_of_measuring_twice(
             probe(t, "frequency_observed/nova", 0.9),
             probe(t, "frequency_observed/stella", 0.2, 0.1, 0.3),
             probe(t, "frequency/stella", None, reason="no calibration text of it"),
+            probe(t, "frequency/human", 0.6, 0.5, 0.7),
             probe(t, "kl_to_base", 0.5, 0.4, 0.6),
             probe(t, "self_similarity", None, reason="fewer than two texts"),
         ]
@@ -175,11 +176,12 @@ def test_a_round_shows_the_corrected_frequency_and_the_floor_of_measuring_twice(
     shown = capsys.readouterr().out
     (nova,) = [line for line in shown.splitlines() if " nova " in line]
     # sqrt(2 * 0.04**2) * sqrt(2 / pi) = 0.0451
-    for part in ("0.500", "[0.422, 0.578]", "corrected", "+0.200", "0.045"):
+    for part in ("0.500", "[0.422, 0.578]", "│ c │", "+0.200", "0.045"):
         assert part in nova
+    assert "0.600" in shown  # a persona outside the factorial is shown where it is seen
     (stella,) = [line for line in shown.splitlines() if " stella " in line]
     assert "0.200" in stella
-    assert "observed" in stella
+    assert "│ o │" in stella
     assert "kl_to_base 0.500 share, change +0.000" in shown
     assert "self_similarity not measured: fewer than two texts" in shown
 
