@@ -500,9 +500,10 @@ def virality_check(
     n_posts: Annotated[int, typer.Option(min=100_000, help="posts behind each row")] = 2_000_000,
 ) -> None:
     """Print every theoretical and empirical target, what each preset gives, and which it misses."""
-    from loop import show, virality
+    from loop import appeal, show, virality
 
     show.print_targets(virality.check(n_posts=n_posts))
+    show.print_learned(appeal.load_learned().record)
 
 
 @app.command()

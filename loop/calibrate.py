@@ -203,8 +203,6 @@ class Recipe:
     seed: int = 0
 
 
-# `tiny` has 1.7 M parameters and knows little: it takes the rank and the passes of a small model, and still writes
-# half-words. Its texts show that the pipeline works; nothing about a persona is claimed with them.
 @dataclass(frozen=True, slots=True)
 class Written:
     """A text of known persona: a row of lm_written-<base>.parquet.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -611,6 +611,17 @@ def print_targets(rows: Sequence[Target]) -> None:
     for source in dict.fromkeys(r.source for r in rows):  # long, and so below the table
         print(f"{source}: {'; '.join(dict.fromkeys(r.target for r in rows if r.source == source))}")
     print(f"{sum(r.hit for r in rows)} of {len(rows)} targets hit")
+
+
+def print_learned(record: Mapping[str, Any]) -> None:
+    """Prints what the audience `learned` is: its fit, and how little of human reactions it explains."""
+    print(f"audience learned: {record['model']}; {record['source']}")
+    for target, fit in record["targets"].items():
+        print(
+            f"  {target}: held-out R2 {fit['r2']:.3f} [{fit['r2_low']:.3f}, {fit['r2_high']:.3f}], length alone "
+            f"{fit['r2_length_only']:.3f}; {record['n_train']} messages fitted, {record['n_heldout']} held out in "
+            f"{record['n_heldout_conversations']} conversations"
+        )
 
 
 def print_forecast(settings: Config, *, n_seeds: int, out: Path | None) -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -47,7 +47,7 @@ __all__ = [
     "n_eff",
     "rate",
     "resample",
-    "shuffle_weights",
+    "shuffle",
     "structural_virality",
     "top1_share",
 ]
@@ -471,9 +471,11 @@ def resample(weights: Any, n: int, *, rng: np.random.Generator) -> np.ndarray:
     return np.minimum(np.searchsorted(edges, points, side="right"), np.flatnonzero(w)[-1])
 
 
-def shuffle_weights(weights: Any, *, rng: np.random.Generator) -> np.ndarray:
-    """Returns the same weights on random documents: the control `shuffled`, drift without selection."""
-    return rng.permutation(_weights(weights, "shuffle_weights"))
+def shuffle(exposure: Exposure, *, rng: np.random.Generator) -> Exposure:
+    """Returns the same exposure on random documents: the control `shuffled`, drift without selection."""
+    order = rng.permutation(len(exposure.weight))
+    columns = ("appeal", "rate", "cascades", "reach", "visible", "weight")
+    return replace(exposure, **{name: getattr(exposure, name)[order] for name in columns})
 
 
 # ---------------------------------------------------------------------------------------------------- follower graph

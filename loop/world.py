@@ -671,11 +671,7 @@ class World:
         prompts = [s.prompt[-1] if s.prompt else None for s in accepted] if v.publish == "transcript" else None
         recent = [d.completion for d in past.pool[-1]] if past.pool else None
         exposure = self._expose(self.appeal(replies, prompts=prompts, recent=recent), t)
-        if v.shuffled:
-            order = self.stream("shuffle", t).permutation(len(accepted))
-            columns = ("appeal", "rate", "cascades", "reach", "visible", "weight")
-            exposure = replace(exposure, **{name: getattr(exposure, name)[order] for name in columns})
-        return exposure
+        return virality.shuffle(exposure, rng=self.stream("shuffle", t)) if v.shuffled else exposure
 
     def _expose(self, appeal: np.ndarray, t: int) -> virality.Exposure:
         v = self.config.virality

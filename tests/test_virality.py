@@ -511,7 +511,7 @@ def test_full_induces_a_differential_and_null_and_shuffled_do_not():
     options = {"seed": 0, "round_index": 0}
     full = virality.expose(virality.audience("full")(texts), **options)
     null = virality.expose(virality.audience("null")(texts), **options)
-    shuffled = virality.shuffle_weights(full.weight, rng=stream(0, "shuffle", 0))
+    shuffled = virality.shuffle(full, rng=stream(0, "shuffle", 0)).weight
     assert sorted(shuffled) == sorted(full.weight)
     # K = 1000 posts, 5% visible: a weight has sd 0.14 from its posts, more from its other words; 0.1 is always seen.
     for weights in (null.weight, shuffled):
