@@ -228,7 +228,8 @@ def test_one_real_round_of_smollm2(tmp_path):
 
 
 def test_the_reader_is_the_frozen_base_and_never_sees_training(base):
-    overrides = [*SMALL, f"base.model={base}", "train.max_length=500", "virality.audience=reader"]
+    # Of one step the warm-up takes all: four epochs, so that there is something for the reader not to see.
+    overrides = [*SMALL, f"base.model={base}", "train.max_length=500", "virality.audience=reader", "train.epochs=4"]
     world = World(config.load(ROOT / "configs" / "round.yaml", [*overrides, f"virality.reader_model={base}"]))
     posts = ["Hello there, how are you?", "The garden is full of birds.", "user assistant"]
     before = world.appeal(posts)
@@ -240,6 +241,8 @@ def test_the_reader_is_the_frozen_base_and_never_sees_training(base):
     )
     assert world.reader is learner.model  # one base in memory, trained upon
     assert learner.model.adapter is not None
+    said = [Document("d", "real", None, None, posts[0])]
+    assert learner.surprisal(said)[0][0] < learner.surprisal(said, base=True)[0][0]  # and training moved it
     assert world.appeal(posts).tolist() == before.tolist()
     # By hand: log-odds of the first token after the question, yes words against no words, in the reader's own chat.
     reader = make_lm()
