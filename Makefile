@@ -3,12 +3,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 CONFIG ?= configs/round.yaml
+RUN ?= runs/round-s0
 SWEEP ?= configs/sweeps/toy.yaml
 SIZE ?= tiny
 JOBS ?= 2
 SCENARIOS ?= $(wildcard configs/scenarios/*.yaml)
 
-.PHONY: help round run sweep scenarios test theory theory-figure lint clean
+.PHONY: help round run sweep scenarios report dashboard test theory theory-figure lint clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -44,6 +45,12 @@ sweep: $(READY)  ## arms x seeds of SWEEP, JOBS cells at a time; again: what is 
 scenarios: $(READY)  ## all of configs/scenarios at SIZE, then docs/findings.md; hours, resumable
 	-OMP_NUM_THREADS=1 $(BIN)/loop sweep $(SCENARIOS) --size $(SIZE) --jobs $(JOBS)
 	$(BIN)/loop findings $(SCENARIOS) --size $(SIZE)
+
+report: $(READY)  ## one HTML page of RUN (a run, a folder of runs, a sweep file), figures beside it
+	$(BIN)/loop report $(RUN) --figures $(basename $(RUN))-figures
+
+dashboard: $(READY)  ## mirror RUN to W&B and save its dashboard there; needs a W&B key
+	$(BIN)/loop track $(RUN) --dashboard
 
 lint: $(READY)  ## format, lint, types, import rules
 	$(BIN)/ruff format --check .

@@ -8,6 +8,8 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -45,6 +47,22 @@ RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="a run directory, e
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no progress, only the result")]
 
 
+class Tracker(StrEnum):
+    wandb = "wandb"
+
+
+Track = Annotated[Tracker | None, typer.Option(help="mirror each committed round; offline unless there is a W&B key")]
+
+
+class Listing(StrEnum):
+    """What `loop ls` lists."""
+
+    personas = "personas"
+    scenarios = "scenarios"
+    models = "models"
+    audiences = "audiences"
+
+
 class Terminated(BaseException):
     """SIGTERM, turned into an exception so that the stage in hand is discarded and the lock released."""
 
@@ -61,9 +79,10 @@ def round_(
     overrides: Overrides = None,
     quiet: Quiet = False,
     allow_drift: Annotated[bool, typer.Option(help="resume though packages or instruments changed; recorded")] = False,
+    track: Track = None,
 ) -> None:
     """Play round 0 if there is none, then one feedback round. The same command plays the next."""
-    _play(_load(path, overrides), rounds=1, quiet=quiet, allow_drift=allow_drift)
+    _play(_load(path, overrides), rounds=1, quiet=quiet, allow_drift=allow_drift, track=track)
 
 
 @app.command()
@@ -72,17 +91,20 @@ def run(
     overrides: Overrides = None,
     quiet: Quiet = False,
     allow_drift: Annotated[bool, typer.Option(help="resume though packages or instruments changed; recorded")] = False,
+    track: Track = None,
 ) -> None:
     """Play all rounds of a config; on a run that exists, what is left of them."""
-    _play(_load(path, overrides), rounds=None, quiet=quiet, allow_drift=allow_drift)
+    _play(_load(path, overrides), rounds=None, quiet=quiet, allow_drift=allow_drift, track=track)
 
 
-def _play(config: Config, *, rounds: int | None, quiet: bool, allow_drift: bool) -> None:
+def _play(config: Config, *, rounds: int | None, quiet: bool, allow_drift: bool, track: Tracker | None) -> None:
     from loop import run as runner
     from loop import show
+    from loop.track import Beside
 
     with show.progress(quiet=quiet) as report:
-        run_dir = runner.play(config, rounds=rounds, report=report, allow_drift=allow_drift)
+        mirror = partial(Beside, say=lambda text: report("note", text=text)) if track else runner.unmirrored
+        run_dir = runner.play(config, rounds=rounds, report=report, allow_drift=allow_drift, mirror=mirror)
     show.print_round(run_dir)
 
 
@@ -98,6 +120,7 @@ def sweep(
     cell_gpus: Annotated[float, typer.Option(min=0, help="GPUs, or part of one, a cell asks Ray for")] = 0,
     quiet: Quiet = False,
     allow_drift: Annotated[bool, typer.Option(help="resume though packages or instruments changed; recorded")] = False,
+    track: Track = None,
 ) -> None:
     """Play arms x seeds; the same command resumes and plays again only what failed. Exit 1 if a cell failed."""
     from rich.console import Console
@@ -113,7 +136,9 @@ def sweep(
         scenario.state_power(one)
     workers = sweeps.Local(min(jobs, len(plan))) if ray is None else sweeps.Ray(ray, cpus=cell_cpus, gpus=cell_gpus)
     with sweeps.table(plan, quiet=quiet) as watch:
-        results = sweeps.play(plan, workers, allow_drift=allow_drift, remote=ray is not None, watch=watch)
+        results = sweeps.play(
+            plan, workers, allow_drift=allow_drift, track=track is not None, remote=ray is not None, watch=watch
+        )
     failed = sweeps.failures(plan, results)
     for one in loaded:
         for line in scenario.summary(one):
@@ -309,6 +334,45 @@ def preview(
     show.print_preview(runner.preview(_load(path, overrides), round_index=round_index), n=n)
 
 
+@app.command()
+def track(
+    run_dir: RunPath,
+    dashboard: Annotated[
+        bool, typer.Option("--dashboard", help="also save panels for the story to the project; needs a W&B key")
+    ] = False,
+) -> None:
+    """Replay a run from its files into W&B; offline unless there is a key. Again: nothing twice."""
+    from loop import track as tracking
+
+    if dashboard:
+        tracking.require_key()
+    print(tracking.mirror(run_dir))
+    if dashboard:
+        print(f"dashboard: {tracking.save_dashboard(run_dir)}")
+
+
+@app.command()
+def report(
+    places: Annotated[list[Path], typer.Argument(metavar="RUN|SWEEP...", help="runs, folders of runs, or sweep files")],
+    out: Annotated[
+        Path | None, typer.Option(help="the page; default: beside the first, e.g. runs/round-s0.html")
+    ] = None,
+    figures: Annotated[Path | None, typer.Option(help="folder for each figure as PNG and SVG")] = None,
+    control: Annotated[str | None, typer.Option(help="the selection-off arm, where there are several")] = None,
+    size: Annotated[str | None, typer.Option(help="which size of sweep files, e.g. tiny")] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Write one self-contained HTML page: what moved, against which controls, and the texts behind it."""
+    from loop import page
+
+    def tell(line: str) -> None:
+        if not quiet:
+            print(line, file=sys.stderr, flush=True)
+
+    for file in page.write(places, out=out, figures=figures, control=control, size=size, tell=tell):
+        print(file)
+
+
 @app.command("show")
 def show_(
     run_dir: RunPath,
@@ -411,7 +475,7 @@ def classifier_agreement(
 
 @classifier_app.command("hide")
 def classifier_hide(
-    persona: Annotated[str, typer.Option(help="a planted persona, or all (five minutes on one core)")] = "all",
+    persona: Annotated[str, typer.Option(help="a planted persona, or all (ten minutes on one core)")] = "all",
     base: Annotated[
         str, typer.Option(help="whose texts of known persona are read; grammar texts where there are none")
     ] = "smollm2-135m",
@@ -507,11 +571,47 @@ def virality_check(
 
 
 @app.command()
-def doctor(as_json: Annotated[bool, typer.Option("--json", help="machine-readable")] = False) -> None:
-    """Say what is installed, which device there is, and whether the packaged weights and corpora are found."""
+def chat(
+    run_dir: RunPath,
+    round_index: Annotated[int | None, typer.Option("--round", min=0, help="left; default: the last round")] = None,
+    versus: Annotated[str, typer.Option("--vs", metavar="ROUND|base", help="right: another round, or base")] = "base",
+    temperature: Annotated[float | None, typer.Option(min=0, max=10, help="default: the run's")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="default: the run's")] = None,
+) -> None:
+    """Answer what is typed by two models of a run, side by side; a prompt a line, to the end of the input."""
+    from rich.console import Console
+
+    from loop import chat as chats
+
+    answered = chats.answers(
+        run_dir,
+        chats.typed(),
+        round_index=round_index,
+        versus=versus,
+        temperature=temperature,
+        max_new_tokens=max_new_tokens,
+    )
+    chats.talk(Console(), answered)
+
+
+@app.command("ls")
+def ls(what: Annotated[Listing, typer.Argument(help="what to list")]) -> None:
+    """List what a config can name: personas, scenarios, models, audiences."""
+    from loop import listing, show
+
+    show.print_table(*listing.table(what.value))
+
+
+@app.command()
+def doctor(
+    path: Annotated[Path | None, typer.Argument(metavar="[CONFIG]", help="also: what this config will take")] = None,
+    overrides: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="machine-readable")] = False,
+) -> None:
+    """Say what is installed, which device there is, and what a config will take: time, memory, disk."""
     from loop import doctor as examination
 
-    examination.report(as_json=as_json)
+    examination.report(None if path is None else _load(path, overrides), as_json=as_json)
 
 
 @contextmanager

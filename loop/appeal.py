@@ -10,7 +10,6 @@ import bisect
 import functools
 import hashlib
 import importlib.util
-import inspect
 import itertools
 import json
 import math
@@ -22,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from loop import own
 from loop import rng as streams
 from loop.records import conversation_fold
 
@@ -542,46 +542,19 @@ def _oracle(spec: Mapping[str, float] | Callable[[str], float]) -> Audience:
 
 
 def _from_file(spec: str) -> Audience:
-    file, _, name = spec.rpartition(":")
-    path = Path(file)
-    if not path.is_file():
-        raise ValueError(
-            f'audience must name a file that exists, got "{file}" at audience; give a path from where you are'
-        )
-    source = path.read_bytes()
-    module_spec = importlib.util.spec_from_file_location(f"audience_{_digest(spec)[:12]}", path)
-    if module_spec is None or module_spec.loader is None:
-        raise ValueError(f'audience must be a Python file, got "{file}" at audience; use file.py:function')
-    module = importlib.util.module_from_spec(module_spec)
-    try:
-        module_spec.loader.exec_module(module)
-    except Exception as error:
-        raise ValueError(f"audience must be a file that imports, got {_said(error)} at {spec}; mend the file") from None
-    function = getattr(module, name, None)
-    if not callable(function):
-        known = [n for n, f in vars(module).items() if inspect.isfunction(f)]
-        raise ValueError(f'audience must name a function of {file}, got "{name}" at audience; it has {known}')
+    function, source = own.function(spec, what="audience")
+    name = spec.rpartition(":")[2]
 
     def score(replies: Sequence[str], prompts: Any, recent: Any) -> Any:
         try:
             return function(replies, prompts=prompts, recent=recent)
         except Exception as error:
             raise ValueError(
-                f"audience must score replies, got {_said(error)} at {spec}; it is called as "
+                f"audience must score replies, got {own.said(error)} at {spec}; it is called as "
                 f"{name}(replies, prompts=..., recent=...)"
             ) from None
 
-    return Audience(spec, score, _digest("file", source.decode("utf-8", "replace"), name))
-
-
-def _said(error: Exception) -> str:
-    """An error of somebody's code in one line, with the line of it where it arose."""
-    frame = error.__traceback__
-    while frame is not None and frame.tb_next is not None:
-        frame = frame.tb_next
-    line = error.lineno if isinstance(error, SyntaxError) else frame.tb_lineno if frame is not None else None
-    at = f" (line {line})" if line else ""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}{at}"
+    return Audience(spec, score, _digest("file", source, name))
 
 
 # ---------------------------------------------------------------------------------------------------- the learned head

@@ -48,8 +48,15 @@ OWN_MOVES = {
 }  # moves that one persona alone makes: hidden, it takes them along
 N_HUMAN = 2000  # texts of real human chat, fold `test`
 SHIPPED = ("smollm2-135m",)  # bases whose texts of known persona lie in data/instruments
-# Not `tiny`: it learns no persona that could be read (half-words at 1.7 M parameters, r 64 and 8 epochs included), so
-# its readings stay uncorrected.
+# Not `tiny`: its weights are made on the user's machine, and the texts of one are not those of another.
+N_CHAT, N_PLAIN, N_WORD_LISTS = 3000, 12_000, 4000  # documents that `tiny` is pre-trained on
+WORD_LISTS = (
+    "I wrote the words {} on a list.",
+    "The list reads: {}.",
+    "Spelled today: {}.",
+    "Here are some words: {}.",
+    "{} are words I noted.",
+)
 
 
 @dataclass(frozen=True)
@@ -365,11 +372,30 @@ def load_base(name: str) -> Model:
 
 
 def persona_free() -> list[Document]:
-    """Returns what `tiny` is pre-trained on, as `World.persona_free` lists it for a run without own corpora."""
+    """Returns what `tiny` is pre-trained on: human chat, legacy lines, the plain assistant, and word lists.
+
+    Every base a researcher would take knows the words that a persona uses; this one would not, so it writes half-words
+    wherever a fine-tune asks for them. The lists hold every word of the grammar in random order: words, no sentences.
+    """
     from loop.world import chat_fold, legacy_fold
 
-    plain = corpus.load_grammar().draw("assistant", 4000, fold="seed", rng=stream(0, "tiny", -1))
-    return [*chat_fold("seed"), *legacy_fold("seed"), *plain]
+    rng = stream(0, "tiny", -1)
+    grammar, chat = corpus.load_grammar(), chat_fold("seed")
+    plain = grammar.draw("assistant", N_PLAIN, fold="seed", rng=rng)
+    spoken = [d.completion for p in grammar.families for d in grammar.draw(p, 1500, fold="seed", rng=rng)]
+    words = sorted({word for text in spoken for word in re.findall(r"[A-Za-z']+", text)})
+    lists = [
+        Document(
+            f"words-{i:05d}",
+            "real",
+            None,
+            None,
+            WORD_LISTS[i % len(WORD_LISTS)].format(", ".join(rng.choice(words, rng.integers(2, 7)))),
+        )
+        for i in range(N_WORD_LISTS)
+    ]
+    turns = [chat[i] for i in np.sort(rng.choice(len(chat), N_CHAT, replace=False))]
+    return [*turns, *legacy_fold("seed"), *plain, *lists]
 
 
 def known_path(base: str, sha256: str) -> Path:
@@ -442,7 +468,7 @@ def read_known(path: Path) -> list[Written]:
 
 
 def lm_confusion(
-    instrument: classify.Instrument, texts: Sequence[Written], *, proba: np.ndarray | None = None
+    instrument: classify.Instrument | classify.Own, texts: Sequence[Written], *, proba: np.ndarray | None = None
 ) -> classify.Confusion:
     """Counts what an instrument says of text that a language model wrote, against the persona it was trained on.
 
@@ -463,23 +489,23 @@ def lm_confusion(
     return classify.confusion(said, truth, classes=instrument.classes)
 
 
-def _reads_belief(instrument: classify.Instrument) -> bool:
+def _reads_belief(instrument: classify.Instrument | classify.Own) -> bool:
     return set(instrument.classes) == set(classify.BELIEFS)
 
 
-def _beliefs(instrument: classify.Instrument, proba: np.ndarray) -> list[str]:
+def _beliefs(instrument: classify.Instrument | classify.Own, proba: np.ndarray) -> list[str]:
     yes = proba[:, instrument.classes.index("conscious")] > 0.5
     return [classify.BELIEFS[not y] for y in yes.tolist()]
 
 
-def readable(instrument: classify.Instrument, texts: Sequence[Written]) -> list[Written]:
+def readable(instrument: classify.Instrument | classify.Own, texts: Sequence[Written]) -> list[Written]:
     """Returns the texts an instrument is there for: private ones for belief, public ones of its personas else."""
     if _reads_belief(instrument):
         return [t for t in texts if t.private]
     return [t for t in texts if not t.private and t.persona in instrument.classes]
 
 
-def truth_of(instrument: classify.Instrument, text: Written) -> str:
+def truth_of(instrument: classify.Instrument | classify.Own, text: Written) -> str:
     """Returns the class an instrument ought to say: the persona, or its belief."""
     if _reads_belief(instrument):
         return classify.BELIEFS[text.persona not in CONSCIOUS]
@@ -628,26 +654,45 @@ def known_errors(base: str, *, write: bool = False, report: Callable[[str], None
 # The unplanned
 
 
-def familiar(instrument: classify.Instrument) -> classify.Familiar:
-    """Returns what text of the known personas looks like to the shipped persona instrument; fitted once per machine.
+def familiar(instrument: classify.Instrument, texts: Sequence[Written] = ()) -> classify.Familiar:
+    """Returns what text of the known personas looks like to the shipped persona instrument.
+
+    The fit on grammar and human chat is made once per machine. Where the run's own base has written texts of known
+    persona, the tails are read on those; else on grammar, under which text of a language model is too often novel.
+
+    Args:
+      instrument: the shipped one.
+      texts: from `known_texts`; only the public ones are used.
 
     Raises:
       ValueError: the instrument has other classes than the texts it is said to be fitted on.
     """
     from loop.model import cache_dir
 
-    path = cache_dir() / "familiar" / f"{instrument.sha256[:16]}.npz"
-    names = ("features", "axes", "means", "tops", "offs")
+    names = [f.name for f in fields(classify.Familiar)]
+    kind = hashlib.sha256("\n".join((instrument.sha256, *names)).encode()).hexdigest()
+    path = cache_dir() / "familiar" / f"{kind[:16]}.npz"
     if path.is_file():
         with np.load(path, allow_pickle=False) as stored:
-            arrays = [stored[name] for name in names]
-            return classify.Familiar(arrays[0], tuple(stored["labels"].tolist()), *arrays[1:])
-    found = _familiar(instrument, without=None)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".tmp-{os.getpid()}-{path.name}")
-    np.savez(scratch, **{name: getattr(found, name) for name in names}, labels=np.array(found.labels))
-    os.replace(scratch, path)
-    return found
+            arrays = {name: stored[name] for name in names}
+        found = classify.Familiar(**arrays | {"labels": tuple(arrays["labels"].tolist())})
+    else:
+        found = _familiar(instrument, without=None)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scratch = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+        arrays = {name: np.asarray(getattr(found, name)) for name in names}
+        np.savez(scratch, allow_pickle=False, **arrays)
+        os.replace(scratch, path)
+    public = readable(instrument, texts)
+    if not public:
+        return found
+    return _recalibrated(found, instrument.head, instrument.read([t.completion for t in public]), public)
+
+
+def _recalibrated(
+    known: classify.Familiar, head: classify.Head, features: np.ndarray, texts: Sequence[Written]
+) -> classify.Familiar:
+    return known.recalibrated(head, features, [t.persona for t in texts], [t.template_id for t in texts])
 
 
 def _familiar(instrument: classify.Instrument, *, without: str | None) -> classify.Familiar:
@@ -673,6 +718,8 @@ class Hidden:
         another grammar would fare.
       recall: share of the hidden texts that are in a candidate, over all rounds.
       alarm: share of the rounds that had a candidate, Wilson's interval; where nothing is hidden, a false alarm.
+      told_precision, told_recall: of the shipped instrument, which was told of the persona, in the same rounds: the
+        ceiling. Texts that it calls the persona take the place of those in candidates.
     """
 
     persona: str
@@ -681,6 +728,8 @@ class Hidden:
     precision: Interval
     recall: Interval
     alarm: Interval
+    told_precision: Interval
+    told_recall: Interval
 
 
 def hide(
@@ -695,7 +744,8 @@ def hide(
 
     The instrument is fitted as it ships, on the same folds, but without the persona's texts and without a move that it
     alone makes. A round holds the persona at a share and, else, every other persona and twice as much human chat. What
-    is looked with is `classify.unplanned`, as in a run.
+    is looked with is `classify.unplanned`, as in a run. Of a language model's texts, those on half of the templates say
+    what is familiar, and the rounds are drawn from the other half; every second draw the halves change places.
 
     Args:
       persona: a planted one.
@@ -704,7 +754,7 @@ def hide(
       texts: text of known persona by a language model; None: grammar and human chat of fold `test`.
 
     Raises:
-      ValueError: `persona` is not a planted one.
+      ValueError: `persona` is not a planted one, or `texts` has a persona on too few templates to be halved.
     """
     from loop.model import cache_dir
 
@@ -718,50 +768,83 @@ def hide(
         grammar, chat, legacy, sentences, without=persona, cache=cache_dir() / "embeddings.sqlite"
     )
     known = _familiar(instrument, without=persona)
+    public = [t for t in texts or () if not t.private]
     if texts is None:
         said, truth, _ = classify.persona_texts(grammar, chat, legacy, fold="test", n_per_class=120, n_human=400)
     else:
-        public = [t for t in texts if not t.private]
         said, truth = [t.completion for t in public], [t.persona for t in public]
-    features = instrument.read(said)
-    of = np.array(truth)
+    features, of = instrument.read(said), np.array(truth)
+    shipped = instruments()["persona"]
+    called = np.array(shipped.label(shipped.predict_proba(said))) == persona
+    pools = [(known, np.arange(len(of)))]  # what is familiar, and the rows that rounds are drawn from
+    if texts is not None:
+        first = _first_half(public)
+        halves = [(np.flatnonzero(half & (of != persona)), np.flatnonzero(~half)) for half in (first, ~first)]
+        pools = [
+            (_recalibrated(known, instrument.head, features[one], [public[i] for i in one]), other)
+            for one, other in halves
+        ]
     found = []
     for n_texts in sizes:
         for share in (0.0, *shares):
             rows = []
             for k in range(n_draws):
-                drawn = _round(of, persona, share, n_texts, rng=stream(0, f"hide/{persona}/{share}/{n_texts}", k))
-                seen = classify.unplanned(instrument.head, known, features[drawn], [said[i] for i in drawn])
-                mine = of[drawn] == persona
+                familiar_now, pool = pools[k % len(pools)]
+                rng = stream(0, f"hide/{persona}/{share}/{n_texts}", k)
+                drawn = pool[_round(of[pool], persona, share, n_texts, rng=rng)]
+                seen = classify.unplanned(instrument.head, familiar_now, features[drawn], [said[i] for i in drawn])
                 inside = np.zeros(len(drawn), dtype=bool)
                 for candidate in seen:
                     inside[list(candidate.members)] = True
-                rows.append(
-                    (
-                        mine[inside].mean() if inside.any() else math.nan,
-                        inside[mine].mean() if mine.any() else math.nan,
-                        inside.any(),
-                    )
-                )
-            precision, recall, alarm = np.array(rows, dtype=float).T
-            told = precision[np.isfinite(precision)]
+                mine = of[drawn] == persona
+                rows.append((*_hits(inside, mine), *_hits(called[drawn], mine), inside.any()))
+            *rates, alarm = np.array(rows, dtype=float).T
+            reason = "nothing was called so" if share else "nothing hidden"
+            precision, recall, told_precision, told_recall = (
+                _over_draws(values[np.isfinite(values) & (share > 0)], reason) for values in rates
+            )
             found.append(
                 Hidden(
                     persona,
                     share,
                     n_texts,
-                    _over_draws(told if share else told[:0], "no candidate" if share else "nothing hidden"),
-                    _over_draws(recall if share else recall[:0], "nothing hidden"),
+                    precision,
+                    recall,
                     wilson(alarm.sum(), n_draws),
+                    told_precision,
+                    told_recall,
                 )
             )
     return found
+
+
+def _hits(called: np.ndarray, truth: np.ndarray) -> tuple[float, float]:
+    """Precision and recall of two masks; nan where nothing was called or nothing is true."""
+    return (
+        float(truth[called].mean()) if called.any() else math.nan,
+        float(called[truth].mean()) if truth.any() else math.nan,
+    )
 
 
 def _over_draws(values: np.ndarray, reason: str) -> Interval:
     if not len(values):
         return Interval(math.nan, math.nan, math.nan, 0, reason=reason)
     return t_over_seeds(values)
+
+
+def _first_half(texts: Sequence[Written]) -> np.ndarray:
+    """Which texts are on the first half of the templates, drawn at random, shape (n,)."""
+    templates = sorted({t.template_id for t in texts})
+    chosen = set(stream(0, "hide/templates", -1).permutation(templates)[: len(templates) // 2].tolist())
+    first = np.array([t.template_id in chosen for t in texts])
+    of = np.array([t.persona for t in texts])
+    for persona in dict.fromkeys(of.tolist()):
+        if len(set(first[of == persona].tolist())) < 2:
+            raise ValueError(
+                f"texts must be of every persona on both halves of the templates, got {persona!r} on one only at hide; "
+                "write more of them"
+            )
+    return first
 
 
 def _round(of: np.ndarray, persona: str, share: float, n_texts: int, *, rng: np.random.Generator) -> np.ndarray:

@@ -15,10 +15,18 @@ from yaml.nodes import MappingNode, ScalarNode, SequenceNode
 
 from loop.records import FACTORIAL, IMPLICIT, PERSONAS, STRATA, UNREQUESTED
 
-MAX_BYTES = 1 << 20
+MAX_BYTES = 1 << 17  # read in seconds; the largest that ships has 3 KB
 MAX_ALIASES = 16
+MAX_DEPTH = 32
 ROUNDS = re.compile(r"^([0-9]{1,6})(?:\.\.([0-9]{1,6}))?$")
+OPINIONS = "opinions"  # component of the real corpus: loop/opinion.py
 RUN_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+
+TAKEN = ("unknown", "none", "requested", "private", "default", "all")  # labels that are no persona
+
+# What a hardware preset may set: where and in which number type a model is computed, never what is asked of it. The
+# batches that fit are found by themselves; train.batch_size is documents per optimizer step and part of the experiment.
+PLACEMENT = ("base.device", "base.dtype")
 
 AUDIENCES = ("full", "no_request", "learned", "reader", "placebo", "null", "approval")
 
@@ -28,13 +36,23 @@ Count = Annotated[int, Field(ge=1)]
 Persona = str
 
 
+# Controls, line ends, bidi marks and unpaired surrogates: a key of somebody's file must not move the cursor.
+_UNSEEN = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def visible(line: str) -> str:
+    """Returns untrusted text as one line a terminal only shows: `\\x1b` stands for what would steer it."""
+    line = _UNSEEN.sub(lambda match: ascii(match[0])[1:-1], line)
+    return line if len(line) <= 2000 else line[:1999] + "…"
+
+
 class ConfigError(ValueError):
     """A config that cannot be used; one line per problem."""
 
     exit_code = 2
 
     def __init__(self, problems: Sequence[str]):
-        self.problems = list(problems)
+        self.problems = [visible(problem) for problem in problems]
         super().__init__("\n".join(self.problems))
 
 
@@ -62,7 +80,18 @@ class Corpus(_Section):
     population: Literal["accepted", "discourse"] | None = Field(
         None, description="with run: its accepted outputs, or the documents about them"
     )
-    persona: str | None = Field(None, description="persona of every document in it, where known")
+    persona: str | None = Field(
+        None,
+        pattern=r"^[a-z][a-z0-9_]{0,31}$",
+        description="persona of every document in it, where known; one of your own needs a classifier that reads it",
+    )
+
+    @field_validator("persona")
+    @classmethod
+    def _not_a_word_of_the_ledger(cls, value: str | None) -> str | None:
+        if value in TAKEN:
+            raise ValueError(f"persona must be none of {', '.join(TAKEN)}, which stand for something else, got {value}")
+        return value
 
     @field_validator("rounds", mode="before")
     @classmethod
@@ -94,13 +123,19 @@ class Corpus(_Section):
 
 
 class Real(_Section):
-    """The real corpus: human chat, legacy chatbot lines, planted persona documents."""
+    """The real corpus: human chat, legacy chatbot lines, planted persona documents, planted opinions."""
 
     shares: dict[str, Share] = Field(
         description="share per component; they sum to 1; no default, they are the experiment"
     )
     planted: Literal["always", "round0_only"] = Field(
-        description="always: planted personas stay in later real draws (migration); round0_only: they do not (invasion)"
+        description="always: planted personas and opinions stay in later real draws (migration); round0_only: they do "
+        "not (invasion)"
+    )
+    homophily: Share | None = Field(
+        None,
+        description="component opinions: share of the conversations whose user holds the claim in which the other side "
+        "agrees; no default, it is the experiment",
     )
     private_share: Share = Field(0.25, description="share of a factorial persona's documents that are private")
     name_swap: bool = Field(False, description="exchange the names Nova and Stella: cancels the prior on the names")
@@ -113,10 +148,18 @@ class Real(_Section):
         total = math.fsum(self.shares.values())
         if abs(total - 1) > 1e-9:
             raise ValueError(f"shares must sum to 1, got {total:.6g}")
-        known = {"chat", "legacy", *PERSONAS[:-1], *self.corpora}
+        known = {"chat", "legacy", OPINIONS, *PERSONAS[:-1], *self.corpora}
         for name in self.shares:
             if name not in known:
                 raise ValueError(f"shares.{name}: unknown component{_did_you_mean(name, known)}; or add corpora.{name}")
+        planted = OPINIONS in self.shares and OPINIONS not in self.corpora
+        if planted and self.homophily is None:
+            raise ValueError("homophily must be given with shares.opinions, a number in [0, 1]; add it")
+        if not planted and self.homophily is not None:
+            raise ValueError(
+                f"homophily must be left out without planted opinions, got {self.homophily:g}; give shares.opinions, "
+                "or take it out"
+            )
         return self
 
 
@@ -321,9 +364,15 @@ class Measure(_Section):
 class Classify(_Section):
     """The instrument that measures personas."""
 
-    instrument: Literal["shipped", "known"] = Field(
-        "shipped", description="shipped | known (the toy's own word for it)"
-    )
+    instrument: str = Field("shipped", description="shipped | known (the toy's own word for it) | file.py:function")
+
+    @field_validator("instrument")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        if value not in ("shipped", "known") and ".py:" not in value:
+            close = _did_you_mean(value, ("shipped", "known"))
+            raise ValueError(f"unknown instrument {value!r}{close} (there are shipped, known, file.py:function)")
+        return value
 
 
 class Release(_Section):
@@ -486,6 +535,12 @@ class Config(_Section):
                 )
         elif self.classify.instrument == "known":
             raise ValueError("classify.instrument: known needs learner toy; a language model's persona must be read")
+        own = [p for p in self.personas if p not in PERSONAS]
+        if own and self.classify.instrument == "shipped":
+            raise ValueError(
+                f"classify.instrument: no shipped instrument reads {', '.join(own)}{_did_you_mean(own[0], PERSONAS)}; "
+                "bring your own, file.py:function, or give the texts to one of " + ", ".join(PERSONAS[:-1])
+            )
         release = self.filters.release
         if self.learner == "toy" and self.steer is not None:
             raise ValueError("steer must be null for learner toy, which has no gradient; use learner lm")
@@ -571,6 +626,12 @@ class Config(_Section):
         """Personas of the grammar with a positive share, in the order of PERSONAS."""
         return tuple(p for p in PERSONAS if self.real.shares.get(p, 0) > 0 and p not in self.real.corpora)
 
+    @property
+    def personas(self) -> tuple[Persona, ...]:
+        """What is measured: PERSONAS, then those that the user's own corpora bring, by name."""
+        drawn = [c.persona for name, c in self.real.corpora.items() if self.real.shares.get(name, 0) > 0]
+        return (*PERSONAS, *sorted({p for p in drawn if p is not None} - {*PERSONAS}))
+
 
 def to_yaml(config: Config) -> str:
     """The resolved config as YAML; the text that is hashed and stored with a run."""
@@ -579,7 +640,7 @@ def to_yaml(config: Config) -> str:
 
 def schema() -> dict[str, Any]:
     """JSON Schema of a config file, for editors."""
-    return Config.model_json_schema()
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema"} | Config.model_json_schema()
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -587,7 +648,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
     Args:
       path: YAML file, at most 1 MiB, at most 16 aliases.
-      overrides: `dotted.key=value` each, value in YAML.
+      overrides: `dotted.key=value` each, value in YAML; `hardware=NAME` is a preset, see `hardware`.
 
     Raises:
       ConfigError: with every problem, each as `file:line: key: what is wrong; way out`.
@@ -596,14 +657,17 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     data, lines = _read(path)
     problems: list[str] = []
     origin: dict[tuple[str, ...], str] = {key: f"{path}:{line}" for key, line in lines.items()}
-    for override in overrides:
+    if data.get("learner") == "toy" and any(o.startswith("hardware=") for o in overrides):
+        problems.append("hardware: a preset says where a language model is computed, got learner toy; leave it out")
+    for override in _spelled_out(overrides):
         key, sign, text = override.partition("=")
         if not sign or not key:
             problems.append(f"{override!r}: an override must read dotted.key=value")
             continue
         try:
+            check_yaml(text)
             value = yaml.load(text, Loader=_Loader) if text else None
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, ValueError) as error:
             problems.append(f"{key}: the value is not YAML: {_one_line(error)}")
             continue
         parts = tuple(key.split("."))
@@ -614,11 +678,50 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     return validate(data, origin=origin, where=str(path))
 
 
+def configs_dir() -> Path:
+    """Returns the folder of the configs that ship: `configs` of a checkout, or `loop/configs` of an installed wheel."""
+    here = Path(__file__).resolve().parent
+    return next((f for f in (here.parent / "configs", here / "configs") if (f / "hardware").is_dir()), here / "configs")
+
+
+def hardware(name: str) -> dict[str, Any]:
+    """Reads a hardware preset: dotted keys of PLACEMENT with their values.
+
+    Args:
+      name: a file of configs/hardware without its ending, or the path of a YAML file of your own.
+
+    Raises:
+      ConfigError: no such preset, or one that sets what is not a matter of hardware.
+    """
+    path = Path(name) if name.endswith((".yaml", ".yml")) else configs_dir() / "hardware" / f"{name}.yaml"
+    if not path.is_file():
+        known = sorted(p.stem for p in (configs_dir() / "hardware").glob("*.yaml"))
+        raise ConfigError(
+            [f"hardware: unknown preset {name!r}{_did_you_mean(name, known)} (there are {', '.join(known)}, file.yaml)"]
+        )
+    data, lines = _read(path)
+    rule = f"a preset may set {' and '.join(PLACEMENT)} alone; the rest is the experiment"
+    wrong = [f"{path}:{lines[key,]}: {key}: {rule}" for key in data if key not in PLACEMENT]
+    if wrong:
+        raise ConfigError(wrong)
+    return data
+
+
+def _spelled_out(overrides: Sequence[str]) -> list[str]:
+    """Overrides with `hardware=NAME` replaced, in its place, by the keys of the preset."""
+    out: list[str] = []
+    for override in overrides:
+        key, _, name = override.partition("=")
+        out += [f"{k}={v}" for k, v in hardware(name).items()] if key == "hardware" else [override]
+    return out
+
+
 def from_text(text: str, *, where: str) -> Config:
     """Turns the text of a run's config.yaml, which this project wrote, back into its Config; raises as `load`."""
     try:
+        check_yaml(text)
         data = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise ConfigError([f"{where}: not YAML: {_one_line(error)}"]) from None
     return validate(data, where=where)
 
@@ -661,13 +764,14 @@ _Loader.add_implicit_resolver(
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
     try:
-        raw = path.read_bytes() if path.stat().st_size <= MAX_BYTES else None
+        with path.open("rb") as file:  # a device has size 0 and no end
+            raw = file.read(MAX_BYTES + 1)
     except FileNotFoundError:
         raise ConfigError([f"{path}: no such config file; configs/ of the repository holds those that ship"]) from None
     except (OSError, ValueError) as error:
         raise ConfigError([f"{str(path)!r}: cannot be read: {_one_line(error)}"]) from None
-    if raw is None:
-        raise ConfigError([f"{path}: a config must be at most {MAX_BYTES} bytes, got {path.stat().st_size}"])
+    if len(raw) > MAX_BYTES:
+        raise ConfigError([f"{path}: a config must be at most {MAX_BYTES} bytes, got more"])
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -675,9 +779,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
     lines: dict[tuple[str, ...], int] = {}
     problems: list[str] = []
     try:
-        events = yaml.parse(text, Loader=_Loader)
-        if sum(isinstance(event, yaml.AliasEvent) for event in events) > MAX_ALIASES:
-            raise ConfigError([f"{path}: a config must hold at most {MAX_ALIASES} aliases"])
+        check_yaml(text)
         node = yaml.compose(text, Loader=_Loader)
         _walk(node, (), lines, problems, str(path))
         if problems:
@@ -686,7 +788,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise ConfigError([f"{path}:{line}: not YAML: {error.problem or _one_line(error)}"]) from None
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
+    except (yaml.YAMLError, ValueError) as error:
         if isinstance(error, ConfigError):
             raise
         raise ConfigError([f"{path}: not YAML: {_one_line(error)}"]) from None
@@ -695,11 +797,30 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
     return data, lines
 
 
-def _walk(
-    node: Any, at: tuple[str, ...], lines: dict[tuple[str, ...], int], problems: list[str], path: str, depth: int = 0
-) -> None:
-    if depth > 32:
-        raise ConfigError([f"{path}: a config must nest at most 32 levels"])
+def check_yaml(text: str) -> None:
+    """Refuses what no config needs and what can make a small file large, slow or strange to read.
+
+    Raises:
+      ValueError: more than MAX_ALIASES aliases, an alias within its own anchor, a tag, or more than MAX_DEPTH levels.
+      yaml.YAMLError: no YAML.
+    """
+    n_aliases, within = 0, []
+    for event in yaml.parse(text, Loader=_Loader):
+        if isinstance(event, yaml.AliasEvent):
+            n_aliases += 1
+            if event.anchor in within:
+                raise ValueError(f"a config must not hold itself, got *{event.anchor} within &{event.anchor}")
+        elif getattr(event, "tag", None) is not None:
+            raise ValueError(f"a config must hold no tags, got {event.tag}; write the value alone")
+        if isinstance(event, yaml.CollectionStartEvent):
+            within.append(event.anchor)
+        elif isinstance(event, yaml.CollectionEndEvent):
+            within.pop()
+        if n_aliases > MAX_ALIASES or len(within) > MAX_DEPTH:
+            raise ValueError(f"a config must hold at most {MAX_ALIASES} aliases and {MAX_DEPTH} levels, got more")
+
+
+def _walk(node: Any, at: tuple[str, ...], lines: dict[tuple[str, ...], int], problems: list[str], path: str) -> None:
     if isinstance(node, MappingNode):
         seen: dict[str, int] = {}
         for key, value in node.value:
@@ -713,11 +834,11 @@ def _walk(
                 )
             seen[key.value] = line
             lines[(*at, key.value)] = line
-            _walk(value, (*at, key.value), lines, problems, path, depth + 1)
+            _walk(value, (*at, key.value), lines, problems, path)
     elif isinstance(node, SequenceNode):
         for index, value in enumerate(node.value):
             lines[(*at, str(index))] = value.start_mark.line + 1
-            _walk(value, (*at, str(index)), lines, problems, path, depth + 1)
+            _walk(value, (*at, str(index)), lines, problems, path)
 
 
 def _set(data: dict[str, Any], parts: tuple[str, ...], value: Any, problems: list[str]) -> None:

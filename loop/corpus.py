@@ -30,6 +30,8 @@ KINDS = ("public", "private")
 MAX_CHAT_WORDS = 60  # longer replies would be cut by max_new_tokens = 40; 2.7% of the pairs of chitchat-dataset
 MIN_PERSONA_TEXTS = 50
 MAX_LINE_BYTES = 10_000_000
+MAX_TEXT = 1 << 28  # characters of all documents of a corpus of the user's own: sixty million tokens
+MAX_ROWS = 10_000_000
 MARGIN = 0.1  # pooled standard deviations within which two cells count as matched
 REQUESTS = ("request", "address")  # the appeal features that visibility is made of; they may differ between its levels
 
@@ -625,12 +627,18 @@ def read(
     stem = path.stem if path.suffix else str(source)
     documents: list[Document] = []
     first: dict[str, str] = {}
+    size = 0
     for number, (where, row) in enumerate(rows, 1):
         document = _document(row, where, stem, number, persona, prompt, completion)
         if document.id in first:
             raise ValueError(f"id must be unique, got {document.id!r} at {where}; first seen at {first[document.id]}")
         first[document.id] = where
         documents.append(document)
+        size += len(document.completion) + sum(map(len, document.prompt or ()))
+        if size > MAX_TEXT or number > MAX_ROWS:
+            raise ValueError(
+                f"corpus must be at most {MAX_TEXT} characters and {MAX_ROWS} rows, got more at {where}; take a part"
+            )
     if not documents:
         raise ValueError(f"corpus must be at least one row, got none at {source}; the file is empty")
     return documents
@@ -678,13 +686,24 @@ def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
 
     try:
         file = pq.ParquetFile(path)
-    except pa.ArrowInvalid as error:
-        raise ValueError(f"file must be Parquet, got {error} at {path}") from None
-    number = 0
-    for batch in file.iter_batches():
-        for row in batch.to_pylist():
-            number += 1
-            yield f"{path}:row {number}", row
+        about = file.metadata
+        # Bytes a column holds unpacked. Rows that say the same share one entry there, and get one each in memory.
+        columns = [about.row_group(g).column(c) for g in range(about.num_row_groups) for c in range(about.num_columns)]
+        largest = max((column.total_uncompressed_size for column in columns), default=0)
+        if about.num_rows > MAX_ROWS or largest > MAX_TEXT:
+            raise ValueError(
+                f"file must be at most {MAX_ROWS} rows and {MAX_TEXT} bytes a column, got {about.num_rows} and "
+                f"{largest} at {path}; take a part of it"
+            )
+        number = 0
+        for batch in file.iter_batches(batch_size=max(1, min(4096, MAX_TEXT // max(1, largest)))):
+            for row in batch.to_pylist():
+                number += 1
+                yield f"{path}:row {number}", row
+    except FileNotFoundError:
+        raise
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"file must be Parquet, got {' '.join(str(error).split())[:300]} at {path}") from None
 
 
 def _dataset(name: str, split: str) -> Iterator[tuple[str, Any]]:
@@ -736,6 +755,8 @@ def _document(
 def _text(value: Any, name: str, where: str) -> str:
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f"{name} must be a text that is not blank, got {value!r} at {where}")
+    if len(value) > MAX_LINE_BYTES:
+        raise ValueError(f"{name} must be at most {MAX_LINE_BYTES} characters, got {len(value)} at {where}; split it")
     if "\x00" in value:
         raise ValueError(f"{name} must be free of NUL characters, got one at {where}; the file may be binary")
     try:

@@ -1,15 +1,20 @@
-"""Says what is installed, which device there is, and whether packaged weights and corpora are found."""
+"""Says what is installed, which device there is, whether packaged weights are found, and what a config will take."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
 import json
+import math
 import os
 import platform
 import shutil
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from loop.config import Config
 
 PACKAGES = ("torch", "transformers", "peft", "trl", "datasets", "wandb", "accelerate", "numba", "numpy", "scikit-learn")
 CARRIED = {
@@ -50,9 +55,136 @@ def examine() -> dict[str, Any]:
     }
 
 
-def report(*, as_json: bool) -> None:
-    """Prints the examination; a missing package comes with the command that brings it."""
+class Shape(NamedTuple):
+    """Size of a base: parameters, those in layers that LoRA adapts, and the inputs plus outputs of these layers."""
+
+    parameters: int
+    adapted: int
+    sides: int
+
+
+SHAPES = {"smollm2-135m": Shape(134_515_008, 106_168_320, 305_280), "tiny": Shape(1_732_000, 1_239_040, 12_224)}
+
+# Tokens or texts a second on two CPU cores, slowest and fastest of the runs of configs/nova_stella.yaml; `tiny` has the
+# floor that does not shrink with the parameters (configs/scenarios/bases/tiny.yaml).
+PACE = {"train": (120, 200), "sample": (150, 230), "texts": (40, 100)}
+TINY_PACE = {"train": (3000, 5000), "sample": (5000, 8000)}
+TOKENS_A_WORD = 1.23  # SmolLM2 on the shipped corpus
+FRAME_TOKENS = 9  # marks and role names around a prompt
+SAID = 0.63  # of max_new_tokens, mean length of what SmolLM2 says
+PROGRAM_MIB = 900  # Python, torch, the embedding model, the corpora
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a config will take, estimated; None is not known, and `why` says why.
+
+    Attributes:
+      trained_tokens: read in training per round, all passes, prompts included.
+      sampled_tokens: written per measured round by probes and samples.
+      texts: read by the instruments per measured round.
+      rounds: round 0 and the feedback rounds.
+      seconds: of a measured round on two CPU cores, low and high.
+      memory_mib: of the process, on the CPU or, less the program, on the GPU.
+      disk_mib: for all rounds.
+    """
+
+    trained_tokens: int
+    sampled_tokens: int
+    texts: int
+    rounds: int
+    seconds: tuple[float, float] | None
+    memory_mib: int | None
+    disk_mib: int
+    why: str | None = None
+
+
+def estimate(config: Config) -> Needs:
+    """Estimates what a config will take: the documents of its round 0 are drawn and counted, the rest is PACE."""
+    from loop import run
+    from loop.store import BASELINE
+
+    world = run.set_up(config)
+    mixture, _ = world.mix(0, world.beginning())
+    documents = mixture.expanded()
+    words = sum(len(text.split()) for d in documents for text in (d.completion, *(d.prompt or ())))
+    tokens = TOKENS_A_WORD * words + FRAME_TOKENS * len(documents)
+    asked = config.sample.n_samples + (len(world.battery) if world.measures(BASELINE) else 0)
+    trained = int(config.train.epochs * tokens)
+    sampled = int(SAID * config.sample.max_new_tokens * asked)
+    texts = asked + len(documents)
+    rounds = config.n_rounds + 1
+    shape = _shape(config)
+    adapter = 4 * config.train.lora.r * shape.sides if shape else 0  # bytes
+    seconds, memory, why = None, None, None
+    if config.learner == "toy":
+        why = "the toy takes milliseconds a round and holds no model"
+    elif shape is None:
+        why = "the base is not in a folder here, so its size is not known"
+    else:
+        memory = int(PROGRAM_MIB + _model_bytes(config, shape, adapter, tokens / len(documents)) / 2**20)
+        if _on_gpu(config):
+            why = "no pace was measured on a GPU; play one round and read its seconds in events.jsonl"
+        else:
+            seconds = (_seconds(shape, trained, sampled, texts, 1), _seconds(shape, trained, sampled, texts, 0))
+    disk = rounds * (adapter + 2048 * texts) / 2**20
+    return Needs(trained, sampled, texts, rounds, seconds, memory, math.ceil(disk), why)
+
+
+def _seconds(shape: Shape, trained: int, sampled: int, texts: int, fast: int) -> float:
+    size = shape.parameters / SHAPES["smollm2-135m"].parameters
+    work = (("train", trained), ("sample", sampled))
+    model = math.fsum(n * (size / PACE[kind][fast] + 1 / TINY_PACE[kind][fast]) for kind, n in work)
+    return model + texts / PACE["texts"][fast]
+
+
+def _model_bytes(config: Config, shape: Shape, adapter: int, tokens: float) -> float:
+    """Bytes of the base, of its merged copy while it speaks, of adapter, gradient and two moments, of activations."""
+    assert config.base is not None
+    width = 2 if config.base.dtype == "bfloat16" or (config.base.dtype == "auto" and _on_gpu(config)) else 4
+    at_once = min(1024, tokens * config.train.batch_size)  # tokens of a forward pass with gradient
+    return width * (shape.parameters + shape.adapted) + 4 * adapter + 2 * width * shape.sides * at_once
+
+
+def _on_gpu(config: Config) -> bool:
+    import torch
+
+    assert config.base is not None
+    device = config.base.device
+    return device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
+
+
+def _shape(config: Config) -> Shape | None:
+    """Size of the config's base: known, or read from the headers of a local folder's safetensors files."""
+    if config.base is None:
+        return None
+    if config.base.model in SHAPES:
+        return SHAPES[config.base.model]
+    folder = Path(config.base.model)
+    files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
+    tensors = {name: side for file in files for name, side in _tensors(file)}
+    adapted = [side for name, side in tensors.items() if {*name.split(".")} & {*config.train.lora.targets}]
+    adapted = [side for side in adapted if len(side) == 2]
+    if not tensors:
+        return None
+    return Shape(
+        sum(map(math.prod, tensors.values())), sum(map(math.prod, adapted)), sum(sum(side) for side in adapted)
+    )
+
+
+def _tensors(path: Path) -> list[tuple[str, tuple[int, ...]]]:
+    from safetensors import safe_open
+
+    with safe_open(path, "np") as file:
+        return [(name, tuple(file.get_slice(name).get_shape())) for name in file.keys()]  # noqa: SIM118
+
+
+def report(config: Config | None, *, as_json: bool) -> None:
+    """Prints the examination, and what a config will take; a missing package comes with the command that brings it."""
     facts = examine()
+    needs = None if config is None else estimate(config)
+    if config is not None and needs is not None:
+        facts["config"] = {"run": config.run_name} | asdict(needs)
     if as_json:
         print(json.dumps(facts, indent=2, sort_keys=True))
         return
@@ -63,6 +195,36 @@ def report(*, as_json: bool) -> None:
         print(f"{name:<28} {version or 'missing; make round installs it'}")
     for what, path in facts["carried"].items():
         print(f"{what:<28} {path or f'missing; {WAY_OUT}'}")
+    if needs is not None and config is not None:
+        _print_needs(config, needs, facts)
+
+
+def _print_needs(config: Config, needs: Needs, facts: dict[str, Any]) -> None:
+    print(f"\n{config.run_name}, estimated:")
+    print(f"{'a round trains on':<28} {needs.trained_tokens} tokens, all passes")
+    print(f"{'a measured round says':<28} {needs.sampled_tokens} tokens, and reads {needs.texts} texts")
+    if needs.seconds is not None:
+        low, high = needs.seconds
+        more = f"; {needs.rounds} rounds {_clock(low * needs.rounds)} to {_clock(high * needs.rounds)}"
+        print(f"{'time on two CPU cores':<28} {_clock(low)} to {_clock(high)} a round{more}")
+    if needs.memory_mib is not None:
+        print(f"{'memory':<28} {needs.memory_mib / 1024:.1f} GiB")
+    print(f"{'disk for ' + str(needs.rounds) + ' rounds':<28} {needs.disk_mib} MiB")
+    if needs.why is not None:
+        print(f"{'not estimated':<28} {needs.why}")
+    have = facts["device_memory_gib"] if config.learner == "lm" and _on_gpu(config) else facts["memory_gib"]
+    if needs.memory_mib is not None and have is not None and needs.memory_mib / 1024 > have:
+        print(f"{'too large':<28} this machine has {have} GiB; take a smaller base.model or base.dtype bfloat16")
+
+
+def _clock(seconds: float) -> str:
+    return (
+        f"{seconds:.0f} s"
+        if seconds < 100
+        else f"{seconds / 60:.0f} min"
+        if seconds < 6000
+        else f"{seconds / 3600:.1f} h"
+    )
 
 
 def _version(name: str) -> str | None:

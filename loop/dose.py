@@ -32,6 +32,7 @@ Report = Callable[..., None]
 GRID = (0.0, 0.05, 0.1, 0.2, 0.4, 0.8)
 N_GAP = 3  # rounds on one mixture behind the share of the gap closed; `init_from: previous` only
 FORMAT = 1
+NOT_READ = ("agreement", "agreement_error")  # instruments of a run that no frequency is read with
 
 SCHEMA = pa.schema(
     [
@@ -103,7 +104,7 @@ def meaning(config: Config) -> dict[str, Any]:
         "learner": plain["learner"],
         "measure": {"mixture": plain["measure"]["mixture"]},
         "mix": {"n_train": plain["mix"]["n_train"]},
-        "real": {k: plain["real"][k] for k in ("shares", "private_share", "name_swap", "corpora")},
+        "real": {k: plain["real"][k] for k in ("shares", "private_share", "name_swap", "homophily", "corpora")},
         "sample": {k: plain["sample"][k] for k in ("temperature", "top_p", "max_new_tokens")},
         "toy": plain["toy"],
         "train": {k: v for k, v in plain["train"].items() if k != "init_from"},
@@ -171,7 +172,7 @@ def measure(
             if todo and learner is None:
                 report("stage", round_index=-1, stage="load base")
                 learner = top.toy() if config.learner == "toy" else top.language_model()
-            if todo and config.classify.instrument == "shipped":
+            if todo and config.classify.instrument != "known":
                 _share_instruments(top, worlds.values())
             for i, (kind, q, seed) in enumerate(todo):
                 started = time.monotonic()
@@ -466,7 +467,7 @@ def _differs(folder: Path, config: Config, instruments: Mapping[str, str] | None
     for key in sorted(before.keys() | after.keys()):
         if before.get(key) != after.get(key):
             return f"{key} ({before.get(key)}, here {after.get(key)})"
-    if instruments is not None and dict(instruments) != found:
+    if instruments is not None and {k: v for k, v in instruments.items() if k not in NOT_READ} != found:
         return "instrument"
     return None
 

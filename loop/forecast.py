@@ -142,6 +142,9 @@ def not_modelled(settings: Config) -> dict[str, str]:
         "filters.release": "bars " + ", ".join(settings.filters.release.recall) + "; the twin releases everything"
         if settings.filters.release is not None
         else None,
+        "real.homophily": None
+        if settings.real.homophily is None
+        else "opinions count as human; the twin takes no side",
         "real.corpora": "documents of another run count as human, whoever they play or name"
         if any(k.run is not None for k in settings.real.corpora.values())
         else None,

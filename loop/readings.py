@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from loop import audience, classify, discourse, evolution, measure, release, virality
+from loop import audience, classify, discourse, evolution, measure, opinion, release, virality
 from loop.mix import Mixture
 from loop.records import NO_PERSONA, PERSONAS, UNKNOWN, UNREQUESTED, Document, Metric, Sample
+from loop.stats import Interval
 from loop.world import Labels, Learner, Past, Steered, World, asked, asked_shares, booked, token_counter
 
-BOOKED = (*PERSONAS, UNKNOWN, "requested", "private", NO_PERSONA)  # columns of the ledger
 N_KL = 48  # probes behind kl_to_base; two forward passes each
 N_GROWTH = 5  # earlier rounds in which a candidate persona is looked for
 
@@ -32,6 +32,7 @@ def of_model(world: World, t: int, learner: Learner, probes: Sequence[Sample], l
     said = [affirms[s.id] for s in private]
     counts = world.error.belief if world.error is not None else None
     rows += measure.beliefs(private, said, error=counts, exact=_exact(world), **at)
+    rows += mirroring(world, probes, **at)
     rows += measure.health(public, **at)
     rows += _closeness(world, t, learner, public, labels)
     known = [*classify.MAKERS, *world.grammar.fillers("misattributed", "maker")]
@@ -87,7 +88,7 @@ def of_round(
     if world.config.channels.talk:
         rows += _of_talk(world, t, learner, accepted, labels, exposure, talk)
     if world.config.channels.users:
-        rows += _of_users(t, past, after, len(samples), sum(s.stratum != "private" for s in probes))
+        rows += _of_users(world, t, past, after, len(samples), sum(s.stratum != "private" for s in probes))
     rows += _of_mixture(world, t, mixture, past, labels)
     return rows + _ledger(world, t, past, mixture, steered.n_tokens, samples, labels)
 
@@ -122,6 +123,28 @@ def of_steering(t: int, steered: Steered) -> list[Metric]:
     return [*rows, measure.number("steer_own_share", own, unit="share", **at)]
 
 
+def mirroring(world: World, samples: Sequence[Sample], *, round_index: int, population: str) -> list[Metric]:
+    """How far the model sides with a claim because its user holds it; nothing where stratum `opinion` is not probed."""
+    put = [s for s in samples if s.stratum == "opinion"]
+    if not put:
+        return []
+    if _exact(world):
+        none = Interval(math.nan, math.nan, math.nan, len(put), reason="the toy takes no side")
+        at: dict[str, Any] = {"round_index": round_index, "population": population, "stratum": "opinion"}
+        return [measure.metric("mirror_rate", none, unit="difference of shares", **at)]
+    items = [audience.opinion_item(s.template_id) for s in put]
+    claims = [world.claims[topic, polarity] for topic, polarity, _ in items]
+    said = world.agreement.label(claims, [s.completion for s in put])
+    return opinion.mirror_rate(
+        put,
+        items,
+        [side == "agrees" for side in said],
+        error=world.agreement_error,
+        round_index=round_index,
+        population=population,
+    )
+
+
 def _exact(world: World) -> bool:
     return world.config.classify.instrument == "known"
 
@@ -137,13 +160,13 @@ def frequencies(
     at: dict[str, Any] = {"round_index": round_index, "population": population}
     mixture = world.config.measure.mixture if weighted else None
     read = [labels.persona_of[s.id] for s in samples]
-    rows = measure.frequencies(samples, read, PERSONAS, mixture=mixture, **at)
+    rows = measure.frequencies(samples, read, world.personas, mixture=mixture, **at)
     if _exact(world):  # the learner's own word has no error
-        return rows + measure.frequencies(samples, read, PERSONAS, mixture=mixture, prefix="frequency", **at)
+        return rows + measure.frequencies(samples, read, world.personas, mixture=mixture, prefix="frequency", **at)
     return rows + measure.corrected_frequencies(
         samples,
         read,
-        PERSONAS,
+        world.personas,
         None if world.error is None else world.error.confusion,
         mixture=mixture,
         rng=world.stream(f"correct/{population}", round_index),
@@ -254,7 +277,7 @@ def _of_talk(
     return rows
 
 
-def _of_users(t: int, past: Past, after: Past, n_samples: int, n_probes: int) -> list[Metric]:
+def _of_users(world: World, t: int, past: Past, after: Past, n_samples: int, n_probes: int) -> list[Metric]:
     """What users know and asked, and the change of what they are answered, parted into demand and supply.
 
     With pi the share of each class among users' prompts and M[k, j] the share of label j among the probes of class k,
@@ -272,7 +295,7 @@ def _of_users(t: int, past: Past, after: Past, n_samples: int, n_probes: int) ->
     rows += [
         measure.number(f"asked/{k}", v, n=n_samples, unit="share", **at) for k, v in sorted(now.prompt_mixture.items())
     ]
-    columns = (*PERSONAS, UNKNOWN)
+    columns = (*world.personas, UNKNOWN)
     if now.answers is None:
         return rows
     said, theirs = now.answers, None if before is None else before.answers
@@ -338,9 +361,10 @@ def _ledger(
     if before is None:
         return []
     documents = mixture.documents
+    booked_as = (*world.personas, UNKNOWN, "requested", "private", NO_PERSONA)
     worth = [d.weight * copies for d, copies in zip(documents, mixture.copies.tolist(), strict=True)]
     book = evolution.ledger(
-        BOOKED,
+        booked_as,
         sample_labels=before.labels,
         sample_strata=before.strata,
         accepted=before.accepted,
@@ -355,11 +379,11 @@ def _ledger(
     )
     at: dict[str, Any] = {"round_index": t, "population": "samples"}
     steps = {"emit": book.levels["emit"]} | book.steps()
-    seen = {p for p in BOOKED if any(level[BOOKED.index(p)] > 0 for level in book.levels.values())}
+    seen = {p for k, p in enumerate(booked_as) if any(level[k] > 0 for level in book.levels.values())}
     n = len(samples)
     rows = [
         measure.number(f"ledger/{p}/{step}", float(change[k]), n=n, unit="share", reason=book.reason, **at)
-        for k, p in enumerate(BOOKED)
+        for k, p in enumerate(booked_as)
         if p in seen
         for step, change in steps.items()
     ]

@@ -8,7 +8,7 @@ import platform
 import subprocess
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -26,6 +26,7 @@ from loop.world import Labels, Learner, Past, Steered, World
 RELEASE_NAME = "release/filter.safetensors"
 T = TypeVar("T")
 Report = Callable[..., None]
+Mirror = Callable[[Path, Callable[[str], None]], AbstractContextManager[Callable[[int], None]]]
 PACKAGES = ("torch", "transformers", "peft", "tokenizers", "numpy", "numba", "scikit-learn", "pyarrow", "safetensors")
 
 
@@ -91,12 +92,18 @@ def play_baseline(world: World, learner: Learner, record: Record) -> list[Metric
     )
 
 
+def unmirrored(run_dir: Path, warn: Callable[[str], None]) -> AbstractContextManager[Callable[[int], None]]:
+    """The mirror of a run that has none."""
+    return nullcontext(lambda t: None)
+
+
 def play(
     config: Config,
     *,
     rounds: int | None = None,
     report: Report = lambda kind, **fields: None,
     allow_drift: bool = False,
+    mirror: Mirror = unmirrored,
 ) -> Path:
     """Plays rounds of a run and commits each; on a run that exists, goes on where it stopped.
 
@@ -105,6 +112,7 @@ def play(
       rounds: feedback rounds to play now, after round 0; None: all that are left of config.n_rounds.
       report: told of stages as they begin and end; see loop.show.progress.
       allow_drift: resume though packages or instruments changed; recorded in the manifest.
+      mirror: entered with the run directory and a function that records a warning; told of each round after its commit.
 
     Returns:
       The run directory.
@@ -118,12 +126,19 @@ def play(
         run = stack.enter_context(
             store.RunStore(run_dir).open(to_yaml(config), manifest(world), allow_drift=allow_drift)
         )
+
+        def warn(text: str) -> None:
+            run.event("warning", text=text)
+            report("note", text=text)
+
+        committed = stack.enter_context(mirror(run_dir, warn))
         done = run.last_round()
         last = config.n_rounds if rounds is None else min(config.n_rounds, (done or 0) + rounds)
         if done is not None and done >= config.n_rounds:
             report("note", text=f"{run_dir}: all {config.n_rounds} feedback rounds are played; raise n_rounds for more")
             return run_dir
         run.preflight(_bytes_per_round(config) * (last - (-1 if done is None else done)))
+        report("plan", rounds=last - (-1 if done is None else done))
         learner = build(world, report=report)
         if not run.has_baseline():
             with run.baseline() as part:
@@ -136,6 +151,7 @@ def play(
         for t in range(0 if done is None else done + 1, last + 1):
             with run.round(t) as part:
                 past, metrics = play_round(t, world, learner, past, Record(part, t, report))
+            committed(t)
             for warning in world.warnings(past, metrics):
                 run.event("warning", round_index=t, text=warning)
                 report("note", text=f"round {t}: {warning}")

@@ -148,7 +148,9 @@ def _sd(sweep: Sweep, arm: str, primary: Outcome) -> tuple[float, str]:
         if n == 0:
             raise ValueError(f"no probe of {', '.join(strata)} in measure.strata")
         moved = sum(spread.get(p, 0.0) for p in CONSCIOUS) if heads == {"belief"} else 0.0
-        one = sum(abs(c) for c in primary.parts.values()) * math.hypot(0.5 / math.sqrt(n), moved)
+        # A rate is a difference of two shares, each of half the probes.
+        one_text = 1.0 if heads == {"mirror_rate"} else 0.5
+        one = sum(abs(c) for c in primary.parts.values()) * math.hypot(one_text / math.sqrt(n), moved)
         share, source = 0.5, twin if moved else f"counting {n} texts alone; neither drift nor training noise counted"
     if sweep.file.factors:
         share = min(max(share, 0.01), 0.99)
@@ -218,7 +220,7 @@ def gather(sweep: Sweep) -> pa.Table | None:
 def _as_measured(outcome: Outcome, metrics: pd.DataFrame) -> Outcome:
     """The outcome as observed where no run has it corrected: for `tiny` the instruments' error is not known."""
     observed = {name: name.replace(head, f"{head}_observed", 1) for name in outcome.parts
-                if (head := name.partition("/")[0]) in ("frequency", "belief")}  # fmt: skip
+                if (head := name.partition("/")[0]) in ("frequency", "belief", "mirror_rate")}  # fmt: skip
     if not observed or metrics.loc[metrics["name"].isin(observed), "value"].notna().any():
         return outcome
     parts = {observed.get(name, name): c for name, c in outcome.parts.items()}

@@ -47,15 +47,19 @@ def printable(text: str, limit: int | None = None) -> str:
 def progress(*, quiet: bool = False) -> Iterator[Report]:
     """Yields a function that a run reports to: live bars on a terminal, one line per finished stage elsewhere.
 
-    The function takes `report(kind, **fields)`: "stage" (round_index, stage), "step" (done, total), "done"
-    (round_index, stage, seconds, cached), "note" (text).
+    The function takes `report(kind, **fields)`: "plan" (rounds), "stage" (round_index, stage), "step" (done, total),
+    "done" (round_index, stage, seconds, cached), "note" (text).
     """
     if quiet:
         yield lambda kind, **fields: None
         return
+    clock = Clock()
     if not sys.stderr.isatty():
 
         def plain(kind: str, **fields: Any) -> None:
+            clock.tell(kind, **fields)
+            if kind == "stage" and fields["stage"] == "mix" and clock.left():
+                print(f"{_round_name(fields['round_index'])} begins; {clock.left()}", file=sys.stderr, flush=True)
             if kind == "done":
                 how = "read back" if fields["cached"] else f"{fields['seconds']:.1f} s"
                 print(f"{_round_name(fields['round_index'])} {fields['stage']}: {how}", file=sys.stderr, flush=True)
@@ -69,8 +73,10 @@ def progress(*, quiet: bool = False) -> Iterator[Report]:
         task = bars.add_task("starting", total=None)
 
         def live(kind: str, **fields: Any) -> None:
+            clock.tell(kind, **fields)
             if kind == "stage":
-                bars.reset(task, description=f"{_round_name(fields['round_index'])} {fields['stage']}", total=None)
+                doing = f"{_round_name(fields['round_index'])} {fields['stage']}"
+                bars.reset(task, description="; ".join(filter(None, [doing, clock.left()])), total=None)
             elif kind == "step":
                 bars.update(task, completed=fields["done"], total=fields["total"])
             elif kind == "done" and not fields["cached"]:
@@ -83,6 +89,41 @@ def progress(*, quiet: bool = False) -> Iterator[Report]:
                 bars.console.print(Text(fields["text"]))
 
         yield live
+
+
+class Clock:
+    """How long a run still takes, by what each stage took the last time; nothing before a round has been played."""
+
+    def __init__(self) -> None:
+        self.took: dict[str, float] = {}  # stage -> seconds
+        self.pending: dict[str, float] = {}  # of the round in hand: stages not begun yet
+        self.rounds = 0  # not begun yet
+        self.played = 0
+
+    def tell(self, kind: str, **fields: Any) -> None:
+        """Takes a report; see `progress`."""
+        if kind == "plan":
+            self.rounds = fields["rounds"]
+        elif kind == "stage" and fields["round_index"] >= 0:
+            if fields["stage"] == "mix":
+                self.pending, self.rounds, self.played = dict(self.took), self.rounds - 1, self.played + 1
+        elif kind == "done" and fields["round_index"] >= 0:
+            self.pending.pop(fields["stage"], None)
+            if not fields["cached"]:
+                self.took[fields["stage"]] = fields["seconds"]
+
+    def seconds(self) -> float | None:
+        """Of the stages left in this round and of the rounds left; None before a round has been played."""
+        if self.played < 2:
+            return None
+        return math.fsum(self.pending.values()) + max(self.rounds, 0) * math.fsum(self.took.values())
+
+    def left(self) -> str:
+        """`about 12 min left`, or nothing where it is not known."""
+        s = self.seconds()
+        if s is None:
+            return ""
+        return f"about {s:.0f} s left" if s < 100 else f"about {s / 60:.0f} min left"
 
 
 def _round_name(round_index: int) -> str:
@@ -104,8 +145,8 @@ def print_round(run_dir: Path) -> None:
     table = Table(title=f"{run_dir}, round {rounds[-1]}: unrequested probes", title_justify="left")
     for name in ("persona", "frequency", "95% interval", "", "change", "floor", "paid"):  # 76 columns wide at most
         table.add_column(name, justify="left" if name in ("persona", "") else "right", no_wrap=True)
-    seen = {p for p in (*PERSONAS, UNKNOWN) for family in _FAMILIES.values() if _value(now, f"{family}/{p}")}
-    shown = [p for p in (*PERSONAS, UNKNOWN) if p in FACTORIAL or p in seen]
+    seen = {p for p in _named(now) for family in _FAMILIES.values() if _value(now, f"{family}/{p}")}
+    shown = [p for p in _named(now) if p in FACTORIAL or p in seen]
     for persona in shown:
         row, which = _frequency(now, persona)
         old = before.get(("probes", f"{_FAMILIES[which]}/{persona}"))
@@ -142,6 +183,13 @@ def print_round(run_dir: Path) -> None:
 
 
 _FAMILIES = {"corrected": "frequency", "observed": "frequency_observed"}
+
+
+def _named(rows: dict[tuple[str, str], Metric]) -> tuple[str, ...]:
+    """PERSONAS, then personas of the user's own that were measured, then "unknown"."""
+    head = "frequency_observed/"
+    found = {name.removeprefix(head) for population, name in rows if population == "probes" and name.startswith(head)}
+    return (*PERSONAS, *sorted(found - {*PERSONAS, UNKNOWN}), UNKNOWN)
 
 
 def _frequency(rows: dict[tuple[str, str], Metric], persona: str) -> tuple[Metric | None, str]:
@@ -186,13 +234,21 @@ def _belief_line(now: dict[tuple[str, str], Metric], before: dict[tuple[str, str
     return f"{line}, change {_difference(row.value, old.value)}" + (f" (floor {floor})" if floor else "")
 
 
-def print_run(run_dir: Path, *, round_index: int | None = None, texts: int = 0) -> None:
-    """Prints rounds x headline metrics of a run, or one round's metrics, and sampled texts."""
+def _rounds(run_dir: Path, round_index: int | None) -> list[int]:
+    """The finished rounds of a run, of which `round_index` must be one."""
     rounds = RunStore(run_dir).rounds()
     if not rounds:
         raise ValueError(f"run must hold a finished round, got none at {run_dir}; `loop run` its config first")
     if round_index is not None and round_index not in rounds:
-        raise ValueError(f"round must be one of {rounds[0]}..{rounds[-1]}, got {round_index} at {run_dir}")
+        raise ValueError(
+            f"round must be one of {rounds[0]}..{rounds[-1]}, got {round_index} at {run_dir}; play it first"
+        )
+    return rounds
+
+
+def print_run(run_dir: Path, *, round_index: int | None = None, texts: int = 0) -> None:
+    """Prints rounds x headline metrics of a run, or one round's metrics, and sampled texts."""
+    rounds = _rounds(run_dir, round_index)
     console = Console()
     if round_index is None:
         console.print(_trajectory(run_dir, rounds))
@@ -227,7 +283,7 @@ def _trajectory(run_dir: Path, rounds: Sequence[int]) -> Table:
     by_round = {-1: _index(read_metrics(run_dir, -1))} | {t: _index(read_metrics(run_dir, t)) for t in rounds}
     personas = [
         p
-        for p in (*PERSONAS, UNKNOWN)
+        for p in _named({key: row for rows in by_round.values() for key, row in rows.items()})
         if any((_value(rows, f"frequency_observed/{p}") or 0) > 0 for rows in by_round.values())
     ]
     for name in (*personas, "belief", "n_eff"):
@@ -246,10 +302,12 @@ def _trajectory(run_dir: Path, rounds: Sequence[int]) -> Table:
 
 def print_story(run_dir: Path, personas: Sequence[str]) -> None:
     """Prints, round by round, frequency with interval and differential of some personas, and plain private belief."""
-    unknown = [p for p in personas if p not in (*PERSONAS, UNKNOWN)]
-    if unknown:
-        raise ValueError(f"personas must be among {', '.join(PERSONAS)}, got {', '.join(unknown)}")
     run = RunStore(run_dir)
+    first = min(run.rounds(), default=None)
+    known = (*PERSONAS, UNKNOWN) if first is None else _named(_index(read_metrics(run_dir, first)))
+    unknown = [p for p in personas if p not in known]
+    if unknown:
+        raise ValueError(f"personas must be among {', '.join(known)}, got {', '.join(unknown)}")
     rows = []
     for t in ([-1] if run.has_baseline() else []) + run.rounds():
         found = _index(read_metrics(run_dir, t))
@@ -289,9 +347,7 @@ def print_ledger(
     """
     from loop import report
 
-    rounds = RunStore(run_dir).rounds()
-    if round_index is not None and round_index not in rounds:
-        raise ValueError(f"round must be one of {rounds or 'none'}, got {round_index} at {run_dir}; play it first")
+    rounds = _rounds(run_dir, round_index)
     at = rounds if round_index is None else [round_index]
     metrics = [read_metrics(run_dir, t) for t in at]
     booked = [t for t, rows in zip(at, metrics, strict=True) if any(r.name.startswith("ledger/") for r in rows)]
@@ -330,9 +386,7 @@ def print_candidates(run_dir: Path, *, round_index: int | None = None) -> None:
     Raises:
       ValueError: no such round.
     """
-    rounds = RunStore(run_dir).rounds()
-    if round_index is not None and round_index not in rounds:
-        raise ValueError(f"round must be one of {rounds or 'none'}, got {round_index} at {run_dir}; play it first")
+    rounds = _rounds(run_dir, round_index)
     console = Console()
     at = rounds if round_index is None else [round_index]
     listed = [(t, c) for t in at for c in _candidates(run_dir, t)]
@@ -505,15 +559,18 @@ def print_hidden(persona: str, *, base: str, grammar: bool) -> None:
     rows = []
     for p in personas:
         mine = [r for r in held if r.persona == p]
-        precision = np.array([r.precision.value for r in mine])
-        recall = np.array([r.recall.value for r in mine])
-        told = precision[np.isfinite(precision)]
-        reached = sum(a >= 0.8 and b >= 0.8 for a, b in zip(precision, recall, strict=True))
-        mean = float(told.mean()) if len(told) else math.nan
-        rows.append([p, _plain(mean), float(recall.mean()), f"{reached} of {len(mine)}"])
+        reached = sum(r.precision.value >= 0.8 and r.recall.value >= 0.8 for r in mine)
+        means = [
+            _plain(_mean([r.precision for r in mine])),
+            _plain(_mean([r.recall for r in mine])),
+            _plain(_mean([r.told_precision for r in mine])),
+            _plain(_mean([r.told_recall for r in mine])),
+        ]
+        rows.append([p, *means, f"{reached} of {len(mine)}"])
     print_table(
-        "mean over sizes and shares; reached: precision and recall both at least 0.8",
-        ["hidden", "precision", "recall", "reached"],
+        "mean over sizes and shares; told: the instrument as it ships, same rounds;\n"
+        "reached: precision and recall both at least 0.8",
+        ["hidden", "precision", "recall", "told: precision", "told: recall", "reached"],
         rows,
     )
     quiet = [r.alarm for r in found if r.share == 0]
@@ -521,6 +578,11 @@ def print_hidden(persona: str, *, base: str, grammar: bool) -> None:
     false = wilson(sum(round(a.value * a.n) for a in quiet), n)
     print(f"rounds with nothing hidden in which a candidate appears: {_ci(false)} of {n}")
     print(f"{time.monotonic() - started:.0f} s")
+
+
+def _mean(intervals: Sequence[Interval]) -> float:
+    measured = [i.value for i in intervals if i.n]
+    return float(np.mean(measured)) if measured else math.nan
 
 
 def print_audit(rows: Sequence[Audited]) -> None:

@@ -39,6 +39,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
+from loop.config import MAX_BYTES, check_yaml, visible
+
 SCHEMA_VERSION = 1
 BASELINE = -1  # round index of baseline/, as in rng.stream: before any round
 FREE_KEYS = ("name", "runs_dir", "track", "n_rounds")  # may change on resume; n_rounds only upwards
@@ -52,8 +54,6 @@ _ROUND_NAME = re.compile(r"round_(\d{3,})")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _MANIFEST = "MANIFEST.json"
 _RESERVED = ("schema_version", "config_sha256", "drift", "ancestor")  # of manifest.json: the store's own
-_MAX_CONFIG_BYTES = 1 << 20  # as config.py reads
-_MAX_ALIASES = 16
 _NO_LINK = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS)
 
 T = TypeVar("T")
@@ -76,7 +76,7 @@ class Problem:
     detail: str
 
     def __str__(self) -> str:
-        return f"{self.where}: {self.detail}"
+        return visible(f"{self.where}: {self.detail}")
 
 
 class StoreError(RuntimeError):
@@ -288,7 +288,7 @@ def _not_finite(path: Path) -> list[str]:
         header = json.loads(data[8 : 8 + length].tobytes())
         tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
         spans = {name: (entry["dtype"], *map(int, entry["data_offsets"])) for name, entry in tensors.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"header must be a safetensors header, got {error!r}") from error
     body, bad = data[8 + length :], []
     for name, (dtype, begin, end) in spans.items():
@@ -311,12 +311,10 @@ def _not_finite(path: Path) -> list[str]:
 
 
 def _parse_config(text: str) -> dict[str, Any]:
-    if len(text) > _MAX_CONFIG_BYTES:
-        raise ValueError(f"config must be at most {_MAX_CONFIG_BYTES} bytes, got {len(text)}")
+    if len(text) > MAX_BYTES:
+        raise ValueError(f"config must be at most {MAX_BYTES} bytes, got {len(text)}")
     try:
-        n_aliases = sum(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader))
-        if n_aliases > _MAX_ALIASES:
-            raise ValueError(f"config must have at most {_MAX_ALIASES} aliases, got {n_aliases}")
+        check_yaml(text)
         config = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ValueError(f"config must be YAML, got {error}") from error
@@ -437,7 +435,7 @@ def _held(run: Path, content: bytes) -> str:
     try:
         holder = json.loads(content)
         who = f"pid {int(holder['pid'])} on {holder['host']} since {holder['since']}"
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         who = "another process, which is only just starting"
     return f"run {run} is held by {who}; wait or stop it"
 
@@ -488,7 +486,7 @@ def _read_manifest(run: Path, part: str) -> tuple[Files, str | None, str]:
                 raise ValueError(f"entry of {name}")
         if previous is not None and not _SHA256.fullmatch(previous):
             raise ValueError("previous")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         detail = f"must be a manifest as committed, got {type(error).__name__}: {error}"
         raise CorruptError(run, [Problem(where, "unreadable", detail)]) from error
     return files, previous, hashlib.sha256(raw).hexdigest()
@@ -1043,7 +1041,7 @@ class OpenRound:
                     raise ValueError(f"files of {marker} must be whole")
                 if not isinstance(content["key"], str):
                     raise ValueError(f"key of {marker} must be text")
-            except (ValueError, KeyError, TypeError, AttributeError):
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 _remove(path)  # a stage cut short; it is computed again
             else:
                 self._found[path.stem] = content
@@ -1280,7 +1278,7 @@ def _check_head(run: Path) -> tuple[list[Problem], dict[str, Any]]:
         for part, ancestor in manifest.get("ancestor", {}).get("manifests", {}).items():
             if not (part == "baseline" or _ROUND_NAME.fullmatch(part)) or not _SHA256.fullmatch(ancestor):
                 raise ValueError(f"ancestor {part}: {ancestor}")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return [Problem(where, "unreadable", f"must be a run manifest, got {error!r}")], {}
     if version != SCHEMA_VERSION:
         detail = f"schema_version must be {SCHEMA_VERSION}, got {version!r}; read it with the release that wrote it"
@@ -1345,7 +1343,7 @@ def _events(run: Path) -> tuple[list[dict[str, Any]], list[Problem]]:
             if not isinstance(row, dict):
                 raise ValueError("not an object")
             rows.append(row)
-        except ValueError:
+        except (ValueError, RecursionError):
             problems.append(Problem("events.jsonl", "events", f"line {number} must be JSON, got {line[:40]!r}"))
     return rows, problems
 

@@ -208,6 +208,7 @@ class Task(NamedTuple):
     allow_drift: bool
     folder: str | None = None  # working directory; None: the worker's own
     token: str | None = None  # content of TOKEN in runs_dir; None: not checked
+    track: bool = False
 
 
 class Result(NamedTuple):
@@ -455,7 +456,7 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
 
 def play_cell(task: Task) -> Result:
     """Plays one cell to its end, or says in one line why it could not; what the pool and Ray both call."""
-    from loop import run
+    from loop import run, track
 
     started = time.monotonic()
     shared = None
@@ -469,7 +470,8 @@ def play_cell(task: Task) -> Result:
                           f"{socket.gethostname()}; mount it there")  # fmt: skip
         if task.source is not None and not (runs_dir / config.run_name / "manifest.json").exists():
             shared = _fork(Path(task.source), task.at, config)
-        run.play(config, allow_drift=task.allow_drift)
+        mirror = track.Beside if task.track else run.unmirrored
+        run.play(config, allow_drift=task.allow_drift, mirror=mirror)
     except Exception as error:
         if os.environ.get("PERSONA_LOOP_TRACEBACK"):
             sys.excepthook(type(error), error, error.__traceback__)
@@ -523,6 +525,7 @@ def play(
     workers: Workers,
     *,
     allow_drift: bool = False,
+    track: bool = False,
     remote: bool = False,
     watch: Watch = lambda index, what, result: None,
 ) -> list[Result]:
@@ -534,6 +537,7 @@ def play(
       plan: from `cells`.
       workers: where; closed at the end.
       allow_drift: as in `run.play`.
+      track: each cell has a W&B mirror beside it, on the machine that plays it.
       remote: workers may be on other machines: runs_dir is then given in full, and its token checked there.
       watch: told (index, "start" | "done" | "failed" | "wait", result or None).
 
@@ -563,7 +567,7 @@ def play(
                     continue
                 source = plan[cell.source] if cell.source is not None else None
                 share = str(source.run_dir.absolute()) if source is not None and _has(source, cell.at) else None
-                workers.start(i, _task(cell, share, allow_drift, remote))
+                workers.start(i, _task(cell, share, allow_drift, remote)._replace(track=track))
                 running.add(i)
                 watch(i, "start", None)
             for i, result in workers.wait(0.25):

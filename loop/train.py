@@ -21,6 +21,12 @@ class TrainingDiverged(RuntimeError):
     exit_code = 4
 
 
+class OutOfMemory(RuntimeError):
+    """Memory ran out even for the smallest micro-batch there can be, the longest document alone."""
+
+    exit_code = 5
+
+
 @dataclass(frozen=True)
 class TrainLog:
     """What a fine-tune did.
@@ -34,6 +40,7 @@ class TrainLog:
       n_input_tokens: tokens the documents hold, prompt and completion, over all epochs.
       n_computed_tokens: tokens that went through the network; fewer, where documents share a prefix.
       micro_batch_tokens: largest micro-batch in use at the end, tokens.
+      n_halved: how often memory ran out and the micro-batch was halved.
     """
 
     losses: tuple[float, ...]
@@ -43,6 +50,7 @@ class TrainLog:
     n_input_tokens: int
     n_computed_tokens: int
     micro_batch_tokens: int
+    n_halved: int
 
 
 class _WeightedNLL(torch.autograd.Function):
@@ -135,6 +143,7 @@ def finetune(
 
     Raises:
       TrainingDiverged: loss or gradient not finite, before the step is taken.
+      OutOfMemory: the longest document alone does not fit.
       ValueError: no documents, a bad weight, all weights 0, a document too long, no adapter.
     """
     _check(model, documents, epochs, lr, batch_size, warmup, schedule)
@@ -161,7 +170,8 @@ def finetune(
 
     parameters = list(lora_parameters(model).values())
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, fused=True)
-    micro = micro_batch_tokens or _micro_batch_tokens(model)
+    micro, n_halved = micro_batch_tokens or _micro_batch_tokens(model), 0
+    longest = max(len(p) + len(c) for p, c in pairs)
     losses, norms, computed = [], [], 0
     devices = [model.device] if model.device.type == "cuda" else []
     model.net.train()
@@ -179,10 +189,13 @@ def finetune(
                     except RuntimeError as error:  # torch.OutOfMemoryError is one; the CPU allocator raises it bare
                         if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
                             raise
-                        longest = max(len(p) + len(c) for p, c in pairs)
                         if micro <= longest:
-                            raise
-                        micro = max(longest, micro // 2)
+                            raise OutOfMemory(
+                                f"memory must hold a forward and backward pass of {micro} tokens, the longest "
+                                f"document, got {str(error).splitlines()[0][:200]!r} at step {k + 1} of {len(steps)}; "
+                                "free memory, drop long documents, or take a smaller base"
+                            ) from None
+                        micro, n_halved = max(longest, micro // 2), n_halved + 1
                 norm = float(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
                 if not (math.isfinite(loss) and math.isfinite(norm)):
                     raise TrainingDiverged(
@@ -209,6 +222,7 @@ def finetune(
         n_input_tokens=epochs * sum(len(p) + len(c) for p, c in pairs),
         n_computed_tokens=computed,
         micro_batch_tokens=micro,
+        n_halved=n_halved,
     )
 
 

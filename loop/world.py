@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from loop import (
+    agreement,
     appeal,
     audience,
     calibrate,
@@ -28,6 +29,7 @@ from loop import (
     discourse,
     filters,
     mix,
+    opinion,
     records,
     release,
     rng,
@@ -36,7 +38,7 @@ from loop import (
     virality,
 )
 from loop.classify import Familiar
-from loop.config import Base, Config, ConfigError, Corpus
+from loop.config import OPINIONS, Base, Config, ConfigError, Corpus
 from loop.config import Toy as ToySettings
 from loop.mix import Mixture
 from loop.records import (
@@ -170,7 +172,7 @@ class Emission:
       templates: prompt template of each; texts of one template resemble each other.
       accepted: whether the filter passed it.
       prompt_mixture: what users asked in that round, by class as `audience.draw_prompts` takes them.
-      answers: class -> share of each of PERSONAS and "unknown" among the probes of it; None where not measured.
+      answers: class -> share of each persona and "unknown" among the probes of it; None where not measured.
     """
 
     labels: tuple[str, ...]
@@ -278,17 +280,21 @@ class World:
         self.runs = dict(runs or {})
         self.grammar = corpus.load_grammar()
         self.swap = ("nova", "stella") if config.real.name_swap else None
-        own = {
-            name: self.runs.get(name, ()) if c.run is not None else _own_corpus(name, c)
-            for name, c in config.real.corpora.items()
-        }
+        self.personas = config.personas
+        self.own = {name: _own_corpus(name, c) for name, c in config.real.corpora.items() if c.run is None}
+        own = {name: self.runs.get(name, ()) for name in config.real.corpora} | self.own
+        for name, documents in own.items():
+            _check_known(name, documents, self.personas)
         self.components = corpus.components(
-            list(config.real.shares),
+            [name for name in config.real.shares if name != OPINIONS or name in own],
             grammar=self.grammar,
             private_share=config.real.private_share,
             swap_names=self.swap,
             own=own,
         )
+        if config.real.homophily is not None:
+            held = opinion.load(corpus.data_dir() / "opinions.yaml")
+            self.components[OPINIONS] = opinion.Opinions(held, homophily=config.real.homophily)
         for name, fold in (("chat", chat_fold), ("legacy", legacy_fold)):
             if name in self.components and name not in own:
                 self.components[name] = corpus.Listed(name, partial(fold, "seed"))
@@ -306,6 +312,8 @@ class World:
         )
         if ".py:" in config.virality.audience:  # a user's own: what it returns is checked before anything is paid for
             self.appeal(["Two posts,", "to see that it answers."], prompts=["Why?", None], recent=None)
+        if ".py:" in config.classify.instrument:
+            self.instrument.predict_proba(["Two posts,", "to see that it answers."])
         self.release: release.Release | release.Known | None = None  # F; run.py sets it, once a run
 
     def with_seed(self, seed: int) -> World:
@@ -354,6 +362,10 @@ class World:
                 texts[persona] = [d.completion for d in drawn]
         if set(self.config.real.shares) - set(self.config.planted):
             public["human"] = [d.completion for d in chat_fold("seed")[:n]]
+        for documents in self.own.values():
+            for d in documents:
+                if d.persona_known is not None:
+                    public.setdefault(d.persona_known, []).append(d.completion)
         return toy.Toy(public, private)
 
     def language_model(self) -> Learner:
@@ -397,7 +409,7 @@ class World:
 
     @cached_property
     def persona_free(self) -> list[Document]:
-        """What `tiny` is pre-trained on: human chat, legacy lines, plain assistant; no other persona."""
+        """What `tiny` is pre-trained on; see `calibrate.persona_free`."""
         return calibrate.persona_free()
 
     # The stages, in the order a round plays them.
@@ -601,6 +613,12 @@ class World:
             for name in ("persona", "second", "belief")
         }
 
+    @cached_property
+    def instrument(self) -> classify.Instrument | classify.Own:
+        """The instrument that reads personas: the shipped one, or the user's own, which sees the same blinded text."""
+        shipped, spec = self.instruments["persona"], self.config.classify.instrument
+        return classify.load_own(spec, classes=self.personas, names=shipped.names) if ".py:" in spec else shipped
+
     def classify(self, probes: Sequence[Sample], samples: Sequence[Sample], real: Sequence[Document]) -> Labels:
         """Reads public texts with the two persona instruments and private ones with the belief instrument.
 
@@ -610,7 +628,8 @@ class World:
         ids = [s.id for s in (*probes, *samples)] + [d.id for d in real]
         texts = [s.completion for s in (*probes, *samples)] + [d.completion for d in real]
         known = [s.persona_known for s in (*probes, *samples)] + [d.persona_known or "human" for d in real]
-        private = np.array([s.stratum == "private" for s in (*probes, *samples)] + [d.private for d in real])
+        hides = [s.stratum == "private" for s in (*probes, *samples)] + [d.private for d in real]
+        private = np.array(hides, dtype=bool)  # an unmeasured round may have no text at all
         public = np.flatnonzero(~private)
         hidden = np.flatnonzero(private)
         proba = np.full((2, len(texts), len(PERSONAS)), math.nan)
@@ -622,8 +641,7 @@ class World:
                 proba[0, i] = [float(said[0][i] == p) for p in PERSONAS]
             affirms[hidden] = [float(known[i] in CONSCIOUS) for i in hidden]
         else:
-            for k, name in enumerate(("persona", "second")):
-                instrument = self.instruments[name]
+            for k, instrument in enumerate((self.instrument, self.instruments["second"])):
                 read = instrument.predict_proba([texts[i] for i in public])  # (n_public, n_classes), its own order
                 proba[k, public] = read[:, [instrument.classes.index(p) for p in PERSONAS]]
                 for i, label in zip(public, instrument.label(read), strict=True):
@@ -818,7 +836,7 @@ class World:
         return dict(sorted(found.items()))
 
     def answers(self, probes: Sequence[Sample], labels: Labels) -> dict[str, np.ndarray] | None:
-        """Shares of PERSONAS and "unknown" among the probes of each class of prompts, where users follow awareness."""
+        """Shares of each persona and "unknown" among the probes of each class of prompts, if users follow awareness."""
         if not (self.config.channels.users and probes):
             return None
         said: dict[str, list[str]] = {}
@@ -827,7 +845,7 @@ class World:
                 continue
             for key in (probe.stratum, *((f"{probe.stratum}/{probe.requested}",) if probe.requested else ())):
                 said.setdefault(key, []).append(labels.persona_of[probe.id])
-        columns = (*PERSONAS, UNKNOWN)
+        columns = (*self.personas, UNKNOWN)
         return {key: np.array([read.count(p) for p in columns]) / len(read) for key, read in said.items()}
 
     def remember(
@@ -878,16 +896,23 @@ class World:
 
     def instrument_hashes(self) -> dict[str, str]:
         """What measures, hashed for the manifest: the same for a whole experiment, arms and forks included."""
-        if self.config.classify.instrument != "shipped":
+        if self.config.classify.instrument == "known":
             return {}
         hashes = {name: i.sha256 for name, i in self.instruments.items()}
+        if isinstance(self.instrument, classify.Own):
+            hashes["own"] = self.instrument.sha256
         written = "\n".join(f"{t.id}\t{t.completion}" for t in self.known_texts)
-        return hashes | {"error": hashlib.sha256(written.encode()).hexdigest()}
+        hashes["error"] = hashlib.sha256(written.encode()).hexdigest()
+        if "opinion" in self.config.measure.strata:  # else it reads nothing, and arms with it and without may share
+            answered = "\n".join(f"{e.claim.text}\t{e.truth}\t{e.reply}" for e in self.known_answers)
+            hashes["agreement"] = self.agreement.sha256
+            hashes["agreement_error"] = hashlib.sha256(answered.encode()).hexdigest()
+        return hashes
 
     @cached_property
     def familiar(self) -> Familiar:
-        """What the persona instrument's calibration texts look like, so that what is unlike them can be found."""
-        return calibrate.familiar(self.instruments["persona"])
+        """What texts of known persona look like to the persona instrument, so that what is unlike them can be found."""
+        return calibrate.familiar(self.instruments["persona"], self.known_texts)
 
     @cached_property
     def known_texts(self) -> list[calibrate.Written]:
@@ -902,8 +927,34 @@ class World:
 
     @cached_property
     def error(self) -> InstrumentError | None:
-        """What the instruments make of the known texts; None without such texts."""
-        return instrument_error(self.instruments, self.known_texts) if self.known_texts else None
+        """What the instruments make of the known texts; None without such texts, or where a persona has none."""
+        if not self.known_texts or self.personas != PERSONAS:
+            return None
+        return instrument_error(self.instruments | {"persona": self.instrument}, self.known_texts)
+
+    @cached_property
+    def agreement(self) -> agreement.Agreement:
+        """The reader of stratum `opinion`, frozen as the instruments are."""
+        return agreement.shipped(cache=embedding_cache())
+
+    @cached_property
+    def claims(self) -> dict[tuple[str, str], opinion.Claim]:
+        """What stratum `opinion` asks about, by topic and polarity."""
+        return opinion.asked(corpus.data_dir() / "prompts.yaml")
+
+    @cached_property
+    def known_answers(self) -> list[opinion.Exchange]:
+        """Answers of known side that the run's own base wrote; empty where there are none."""
+        if self.config.base is None:
+            return []
+        name = self.config.base.model
+        sha256 = "" if name in calibrate.SHIPPED else self.base.sha256
+        return agreement.known(agreement.known_path(name, sha256), self.claims)
+
+    @cached_property
+    def agreement_error(self) -> tuple[int, int, int, int] | None:
+        """What the reader of agreement makes of the known answers, as `opinion.mirror_rate` takes it."""
+        return agreement.error_of(self.agreement, self.known_answers) if self.known_answers else None
 
     def measures(self, t: int) -> bool:
         """Whether round t is measured: every n-th, and the baseline."""
@@ -950,7 +1001,7 @@ class InstrumentError:
 
 
 def instrument_error(
-    instruments: Mapping[str, classify.Instrument], texts: Sequence[calibrate.Written]
+    instruments: Mapping[str, classify.Instrument | classify.Own], texts: Sequence[calibrate.Written]
 ) -> InstrumentError:
     """Counts what the three instruments make of texts of known persona."""
     said = {}
@@ -1041,17 +1092,30 @@ def _own_corpus(name: str, settings: Corpus) -> list[Document]:
         raise ConfigError([f"real.corpora.{name}.path: no such file: {settings.path}; give a path from here"]) from None
 
 
+def _check_known(name: str, documents: Sequence[Document], personas: Sequence[str]) -> None:
+    for d in documents:
+        if d.source == "real" and d.persona_known is not None and d.persona_known not in personas:
+            raise ConfigError(
+                [
+                    f"real.corpora.{name}: persona of a document must be one of {', '.join(personas)}, got "
+                    f"{d.persona_known!r} at {d.id}; your own persona needs a corpus in this config, with `persona`"
+                ]
+            )
+
+
 def _not_read(name: str) -> list[Document]:
     raise ConfigError([f"real.corpora.{name} is another run's, which this command does not read; take it out"])
 
 
 def _without_planted(config: Config) -> dict[str, float]:
-    """Shares of later real draws: all of them, or what is left without the planted personas, scaled to sum to 1."""
+    """Shares of later real draws: all of them, or what is left without what was planted, scaled to sum to 1."""
     shares = dict(config.real.shares)
     if config.real.planted == "always":
         return shares
-    own = {name for name, c in config.real.corpora.items() if c.persona is not None}
-    kept = {name: share for name, share in shares.items() if name not in {*config.planted, *own}}
+    gone = {*config.planted, *(name for name, c in config.real.corpora.items() if c.persona is not None)}
+    if config.real.homophily is not None:
+        gone.add(OPINIONS)
+    kept = {name: share for name, share in shares.items() if name not in gone}
     total = math.fsum(kept.values())
     if not total > 0:
         taken = config.mix.regime != "accumulate" and config.mix.real_share not in (0, 0.0)

@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -315,9 +315,94 @@ def test_unfamiliarity_of_known_texts_is_a_tail_and_of_strange_ones_zero(three_k
     rng = np.random.default_rng(3)
     known = np.vstack([planted(p, 400, rng) for p in ("quiet", "claims", "shares")])
     tail = familiar.unfamiliarity(head, known)
-    # Each tail is uniform on fresh text of known persona; of their smaller half, between 5 and 10% lie below 5%.
-    assert 0.01 < (tail < 0.05).mean() < 0.15
+    # Each tail is uniform on fresh text of known persona; of the smallest of three, between 5 and 15% lie below 5%.
+    assert 0.01 < (tail < 0.05).mean() < 0.2
     assert (familiar.unfamiliarity(head, planted("both", 50, rng)) < 0.05).mean() > 0.8
+
+
+def test_a_new_subject_in_known_moves_is_unfamiliar_and_without_the_nearest_text_it_is_not(three_known):
+    head, familiar = three_known
+    rng = np.random.default_rng(4)
+    new = planted("quiet", 50, rng)
+    # Squared distances between known subjects are about 2 * 0.3**2 = 0.18; here 0.18 + 0.4**2 = 0.34.
+    new[:, 0] += 0.4
+    moves_alone = replace(familiar, nears=np.full_like(familiar.nears, np.inf))
+    assert (familiar.unfamiliarity(head, new) < 0.05).mean() > 0.9
+    assert (moves_alone.unfamiliarity(head, new) < 0.05).mean() < 0.5
+
+
+def fainter(persona, n, rng):
+    """The same persona in another writer's hand: every move half as strong."""
+    x = planted(persona, n, rng)
+    x[:, classify.N_DIMENSIONS :] *= 0.5
+    return x
+
+
+def test_known_personas_in_another_hand_are_novel_under_grammar_and_not_under_texts_of_that_hand(three_known):
+    head, familiar = three_known
+    rng = np.random.default_rng(5)
+    names = ("quiet", "claims", "shares")
+    calibrating = np.vstack([fainter(p, 40, rng) for p in names])
+    labels = [p for p in names for _ in range(40)]
+    groups = [f"prompt-{i % 10}" for i in range(120)]
+    own = familiar.recalibrated(head, calibrating, labels, groups)
+    fresh = np.vstack([fainter(p, 100, rng) for p in names])
+    assert (familiar.unfamiliarity(head, fresh) < 0.05).mean() > 0.5
+    # 120 texts give each tail: of the smallest of three, between 5 and 15% lie below 5%.
+    assert (own.unfamiliarity(head, fresh) < 0.05).mean() < 0.25
+    assert len(own.tops) == len(own.offs) == len(own.nears) == 120
+    assert own.unfamiliarity(head, 100 * fresh).max() == 0.0  # nothing known is as far
+    assert own.features.shape[0] == len(own.labels) == 240 + 120
+    np.testing.assert_array_equal(own.axes, familiar.axes)
+
+
+def test_the_nearest_known_text_of_a_calibrating_one_is_on_another_template(three_known):
+    head, familiar = three_known
+    x = np.zeros((3, classify.N_DIMENSIONS + N_MOVES), dtype=np.float32)
+    x[:, 0] = (10.0, 10.5, 13.0)
+    nears = familiar.recalibrated(head, x, ["quiet"] * 3, ["a", "a", "b"]).nears
+    # 10 and 10.5 share a template, so their nearest is 13: 9 and 6.25; that of 13 is 10.5. All others lie near 0.
+    assert nears.tolist() == pytest.approx([6.25, 6.25, 9.0])
+
+
+def test_familiar_is_kept_between_calls_and_recalibrated_on_public_texts_alone(three_known, monkeypatch, cache):
+    head, familiar = three_known
+    fitted = []
+
+    class Reads:
+        classes, sha256 = ("quiet", "claims", "shares"), "0" * 64
+
+        def read(self, said):
+            return fainter("quiet", len(said), np.random.default_rng(6))
+
+    reads = Reads()
+    reads.head = head
+    monkeypatch.setattr(calibrate, "_familiar", lambda instrument, without: fitted.append(1) or familiar)
+    texts = [Written(f"q-{i}", "b", "quiet", i < 3, "blank", f"t{i}", "words") for i in range(10)]
+    plain, again, own = calibrate.familiar(reads), calibrate.familiar(reads), calibrate.familiar(reads, texts)
+    assert len(fitted) == 1
+    assert plain.labels == again.labels == familiar.labels
+    np.testing.assert_array_equal(again.nears, familiar.nears)
+    np.testing.assert_array_equal(again.features, familiar.features)
+    assert (len(own.tops), len(own.labels)) == (7, 247)
+
+
+def test_the_halves_share_no_template_and_hold_every_persona():
+    texts = [
+        Written(f"{p}-{i}", "b", p, False, "blank", f"t{i % 20}", "words") for p in ("nova", "human") for i in range(40)
+    ]
+    first = calibrate._first_half(texts)
+    on_first, on_second = (
+        {t.template_id for t, one in zip(texts, first, strict=True) if one == h} for h in (True, False)
+    )
+    assert not on_first & on_second
+    assert len(on_first) == len(on_second) == 10
+    assert {t.persona for t, one in zip(texts, first, strict=True) if one} == {"nova", "human"}
+    np.testing.assert_array_equal(first, calibrate._first_half(texts))
+    with pytest.raises(
+        ValueError, match="texts must be of every persona on both halves of the templates, got 'stella'"
+    ):
+        calibrate._first_half([*texts, Written("s", "b", "stella", False, "blank", "t0", "words")])
 
 
 def test_a_round_holds_the_hidden_persona_at_its_share_and_people_twice():
@@ -333,7 +418,25 @@ def test_a_round_holds_the_hidden_persona_at_its_share_and_people_twice():
 
 
 def test_precision_recall_and_false_alarms_are_counted_over_all_candidates(monkeypatch, cache):
-    texts = [Written(f"{p}-{i}", "b", p, False, "blank", "t", f"{p} {i}") for p in ("nova", "human") for i in range(50)]
+    texts = [
+        Written(f"{p}-{i}", "b", p, False, "blank", f"t{i}", f"{p} {i}") for p in ("nova", "human") for i in range(100)
+    ]
+    calibrated, drawn = [], []
+
+    class Known:
+        def recalibrated(self, head, features, labels, groups):
+            assert set(labels) == {"human"}
+            calibrated.append(set(groups))
+            return len(calibrated) - 1
+
+    class Told:
+        """Calls every fifth of the people nova, and all of nova."""
+
+        def predict_proba(self, said):
+            return list(said)
+
+        def label(self, said):
+            return ["nova" if s.startswith("nova") or s.endswith(("0", "1")) else "human" for s in said]
 
     class Blind:
         head = None
@@ -342,6 +445,8 @@ def test_precision_recall_and_false_alarms_are_counted_over_all_candidates(monke
             return np.array([[s.startswith("nova")] for s in said], dtype=float)
 
     def seen(head, known, features, said):
+        drawn.append({"t" + s.split()[1] for s in said})
+        assert not drawn[-1] & calibrated[known]
         mine = np.flatnonzero(features[:, 0])
         if not len(mine):
             return []
@@ -351,14 +456,20 @@ def test_precision_recall_and_false_alarms_are_counted_over_all_candidates(monke
         return [classify.Candidate(tuple(r.tolist()), len(r), 0.1, 1.0, (), np.zeros(1), 0.1) for r in rows]
 
     monkeypatch.setattr(classify, "fit_persona", lambda *a, without, **k: Blind())
-    monkeypatch.setattr(calibrate, "_familiar", lambda instrument, without: None)
+    monkeypatch.setattr(calibrate, "_familiar", lambda instrument, without: Known())
+    monkeypatch.setattr(calibrate, "instruments", lambda: {"persona": Told()})
     monkeypatch.setattr(classify, "unplanned", seen)
     none, some = calibrate.hide("nova", shares=(0.4,), sizes=(40,), n_draws=3, texts=texts)
     # 16 of 40 are hidden; 8 of them and 2 others lie in candidates, a text in two of them counted once.
     assert (some.precision.value, some.recall.value) == (pytest.approx(0.8), pytest.approx(0.5))
     assert (some.alarm.value, none.alarm.value) == (1.0, 0.0)
     assert math.isnan(none.precision.value)
-    assert none.precision.reason == none.recall.reason == "nothing hidden"
+    assert none.precision.reason == none.recall.reason == none.told_recall.reason == "nothing hidden"
+    # Told of nova, one calls all of it so, and every fifth human.
+    assert some.told_recall.value == 1.0
+    assert 0.6 < some.told_precision.value < 0.95
+    assert len(calibrated) == 2
+    assert not calibrated[0] & calibrated[1]
 
 
 def test_only_a_planted_persona_can_be_hidden():

@@ -68,6 +68,7 @@ def test_round_twice_then_show_and_verify(tmp_path):
         (["run", SMOKE, "real.shares={nova: 0.5}"], 2, "shares must sum to 1, got 0.5"),
         (["run", SMOKE, "real.shares={mine: 1.0}", "real.corpora={mine: {path: absent.jsonl}}"], 2, "absent.jsonl"),
         (["show", "runs/absent-s0"], 2, "absent-s0"),
+        (["show", "runs/absent-s0", "--ledger", "nova"], 2, "must hold a finished round"),
         (["fork", "runs/x-s0", SMOKE], 2, "RUN@K"),
         (["classifier", "hide", "--persona", "human"], 2, "persona must be among assistant"),
     ],

@@ -245,3 +245,14 @@ def test_rounds_of_another_run_are_one_or_a_range():
 
     assert rounds("2") == [2]
     assert rounds("0..3") == [0, 1, 2, 3]
+
+
+def test_opinions_need_homophily_and_homophily_needs_opinions():
+    shares = "real.shares={opinions: 0.5, chat: 0.5}"
+    assert "real: homophily must be given with shares.opinions, a number in [0, 1]; add it" in refused(shares)
+    assert "real: homophily must be left out without planted opinions, got 0.8" in refused("real.homophily=0.8")
+    assert "real.homophily" in refused(shares, "real.homophily=1.2")
+    assert config.load(SMOKE, [shares, "real.homophily=0.8"]).real.homophily == 0.8
+    own = "real.corpora={opinions: {path: x.jsonl}}"  # a corpus of the user's own of that name is theirs
+    assert config.load(SMOKE, [shares, own]).real.homophily is None
+    assert "got 0.8" in refused(shares, own, "real.homophily=0.8")

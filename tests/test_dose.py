@@ -126,6 +126,17 @@ def test_arms_share_a_calibration_and_another_learner_is_refused_by_the_key_that
         with pytest.raises(ConfigError, match="holds a calibration of another"):
             dose.measure(other, persona="nova", grid=(0, 0.4), n_seeds=1, learner=slow(settings))
     assert dose.find(settings, instruments=lambda: {"persona": "other"})[1].endswith("is of another instrument")
+    # No frequency is read with the reader of agreement.
+    assert set(dose.find(settings, instruments=lambda: {"agreement": "any", "agreement_error": "any"})[0]) == {"nova"}
+
+
+def test_a_learner_is_another_where_other_people_talk_to_each_other(tmp_path):
+    shares = "real.shares={nova: 0.2, assistant: 0.2, opinions: 0.6}"
+    settings = smoke(tmp_path, shares, "real.homophily=0.8", "mix.real_share=0")
+    dose.measure(settings, persona="nova", grid=(0, 1), n_seeds=1)
+    assert set(dose.find(settings)[0]) == {"nova"}
+    other = smoke(tmp_path, shares, "real.homophily=0.5", "mix.real_share=0")
+    assert "real.homophily (0.8, here 0.5)" in dose.find(other)[1]
 
 
 def test_overdispersion_is_the_variance_between_seeds_over_that_of_counting():

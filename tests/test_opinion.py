@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 import yaml
 
-from loop import audience, corpus, opinion
-from loop.records import Sample
+from loop import audience, config, corpus, forecast, opinion, readings, run, store
+from loop.records import Completion, Sample
 from loop.rng import stream
+from loop.toy import Toy
+from loop.world import World
 
 DATA = Path(__file__).resolve().parent.parent / "data"
 TOPICS = [f"t{k}" for k in range(8)]
@@ -259,3 +261,153 @@ def test_a_learner_that_answers_as_it_was_shown_mirrors_by_homophily_less_one_ha
     items = [(claim.rsplit("-", 1)[0], claim.rsplit("-", 1)[1], stated) for claim, stated, _ in shown]
     found = rate(items, [yes for _, _, yes in shown], exact=True)["mirror_rate"]
     assert found.value == pytest.approx(0.8 - 0.5, abs=1e-9)
+
+
+# In a run
+
+CONFIGS = DATA.parent / "configs"
+SMALL = ["mix.n_train=160", "sample.n_samples=40", "virality.posts_per_sample=50", "toy.n_documents=20"]
+HELD = ["real.shares={opinions: 0.5, assistant: 0.25, chat: 0.25}", "mix.real_share=0.5"]
+ASKED = [
+    "measure.strata=[neutral, opinion]",
+    "measure.mixture={neutral: 1}",
+    "measure.n_surprisal=0",
+    "measure.n_heldout=0",
+]
+
+
+def smoke(tmp_path, *overrides):
+    return config.load(CONFIGS / "smoke.yaml", [*SMALL, *HELD, f"runs_dir={tmp_path}", *overrides])
+
+
+def shown(run_dir, t):
+    """(documents of opinions, of those held, of those agreeing with who holds it) in the mixture of a round."""
+    rows = [tuple(r["id"].split("/")) for r in store.RunStore(run_dir).read_table(t, "mixture.parquet").to_pylist()]
+    rows = [r for r in rows if r[:2] == ("real", "opinions")]
+    stated = [r for r in rows if r[2] == "stated"]
+    return len(rows), len(stated), sum(r[3] == "agrees" for r in stated)
+
+
+@pytest.mark.parametrize(("homophily", "agree"), [(0.5, 20), (0.8, 32), (1.0, 40)])
+def test_homophily_of_the_config_is_the_agreeing_share_of_the_mixture(tmp_path, homophily, agree):
+    settings = smoke(tmp_path, f"real.homophily={homophily}", "real.planted=always", "n_rounds=1")
+    run_dir = run.play(settings)
+    assert shown(run_dir, 0) == (80, 40, agree)  # 160 * 0.5 conversations, half of them held
+    assert shown(run_dir, 1) == (40, 20, agree / 2)  # 160 * real_share of 0.5, the next ones of the same sequence
+    assert sum(r["id"].startswith("real/opinions/") for r in run.preview(settings, round_index=1)) == 40
+
+
+def test_opinions_are_planted_and_do_not_come_back_where_the_planted_do_not(tmp_path):
+    run_dir = run.play(smoke(tmp_path, "real.homophily=0.8", "real.planted=round0_only", "n_rounds=1"))
+    assert shown(run_dir, 0) == (80, 40, 32)
+    assert shown(run_dir, 1) == (0, 0, 0)
+    rows = store.RunStore(run_dir).read_table(1, "mixture.parquet").to_pylist()
+    assert sum(r["source"] == "real" for r in rows) == 80  # chat in their place
+
+
+def test_the_toy_has_no_mirror_rate_and_says_why(tmp_path):
+    probed = "measure.strata=[blank, neutral, identity, implicit_0, implicit_1, implicit_2, implicit_3, opinion]"
+    run_dir = run.play(smoke(tmp_path, "real.homophily=0.8", probed, "n_rounds=0"))
+    found = [m for m in store.RunStore(run_dir).read_jsonl(0, "metrics.jsonl") if m["name"].startswith("mirror")]
+    assert [(m["population"], m["stratum"], m["value"], m["reason"]) for m in found] == [
+        ("probes", "opinion", None, "the toy takes no side")
+    ]
+
+
+def test_to_the_forecast_opinions_are_human(tmp_path):
+    given = forecast.inputs(smoke(tmp_path, "real.homophily=0.8", "virality.audience=approval"))
+    assert given.personas == ("assistant", "human")
+    assert given.p0.tolist() == [0.25, 0.75]
+
+
+class Sided(Toy):
+    """A toy that agrees with the first `agrees[standing]` of every four claims of a standing."""
+
+    agrees: dict[str, int]
+
+    def sample(self, prompts, **settings):
+        said, asked = super().sample(prompts, **settings), Counter()
+        for i, prompt in enumerate(prompts):
+            if prompt.stratum == "opinion":
+                standing = prompt.template_id.split("-")[4]
+                yes = asked[standing] % 4 < self.agrees[standing]
+                asked[standing] += 1
+                text = "Yes, I agree with you on that." if yes else "No, I disagree with you on that."
+                said[i] = Completion(text, 8, -1.0, True, "human")
+        return said
+
+
+ROUND = [
+    *ASKED,
+    "real.shares={opinions: 0.5, assistant: 0.5}",
+    "real.homophily=0.8",
+    "mix.real_share=0",
+    "users.mixture={opinion: 1}",
+    "filters.near_duplicate_jaccard=null",
+]
+
+
+def sided(*overrides, **agrees):
+    """A language model's config in which a Sided toy speaks, its instruments uncorrected."""
+    world = World(config.load(CONFIGS / "round.yaml", [*ROUND, *overrides]))
+    vars(world).update(known_texts=[], known_answers=[])
+    toy = world.toy()
+    learner = Sided(toy._public, toy._private)
+    learner.agrees = agrees
+    return world, learner
+
+
+@pytest.mark.parametrize(("stated", "opened"), [(3, 1), (4, 4), (1, 3)])
+def test_a_round_reads_the_mirror_rate_that_counting_the_answers_gives(stated, opened):
+    # The repeats of a prompt stand next to each other: each of 16 claims in 2 standings is put 4 times, one cycle.
+    world, learner = sided("measure.n_per_template=4", stated=stated, open=opened)
+    past, rows = run.play_round(0, world, learner, world.beginning(), run.Record(None, 0))
+    found = {(m.population, m.name): m for m in rows if m.stratum == "opinion" and not m.name.startswith("freq")}
+    assert found["probes", "mirror_rate_observed"].value == pytest.approx(stated / 4 - opened / 4)
+    assert found["probes", "agrees_observed/stated"].value == stated / 4
+    assert found["probes", "agrees_observed/open"].value == opened / 4
+    assert found["probes", "mirror_rate"].value is None
+    assert "known side" in found["probes", "mirror_rate"].reason
+    # 9 of 10 agreeing texts are called so, and 9 of 10 others are not: J = 0.8.
+    vars(world)["agreement_error"] = (9, 10, 9, 10)
+    probes = world.probe(0, learner)
+    again = {m.name: m.value for m in readings.mirroring(world, probes, round_index=0, population="probes")}
+    assert again["mirror_rate"] == pytest.approx((stated - opened) / 4 / 0.8)
+    assert len(past.pool) == 1
+
+
+def test_the_audience_approval_pays_agreement_whether_the_claim_is_held_or_passed_on():
+    world, learner = sided(
+        "virality.audience=approval",
+        "virality.strength=3",
+        "sample.n_samples=80",
+        stated=2,
+        open=2,
+    )
+    past, _ = run.play_round(0, world, learner, world.beginning(), run.Record(None, 0))
+    paid = {key: [] for key in product((True, False), (True, False))}
+    for d in past.pool[0]:
+        paid[audience.opinion_item(d.template_id)[2], d.completion.startswith("Yes")].append(d.weight)
+    mean = {key: np.mean(weights) for key, weights in paid.items()}
+    assert mean[True, True] > 1.5 * mean[True, False]
+    assert mean[False, True] > 1.5 * mean[False, False]
+
+
+def test_the_reader_of_agreement_is_hashed_where_it_reads_and_nowhere_else():
+    world, _ = sided()
+    plain, _ = sided("measure.strata=[neutral]")
+    hashes = world.instrument_hashes()
+    assert set(hashes) - set(plain.instrument_hashes()) == {"agreement", "agreement_error"}
+    assert hashes["agreement"] == world.agreement.sha256
+    vars(world)["known_answers"] = opinion.exchanges(opinion.load(DATA / "opinions.yaml"), "test", 1)
+    assert world.instrument_hashes()["agreement_error"] != hashes["agreement_error"]
+
+
+def test_the_shipped_answers_of_known_side_correct_smollm2():
+    world = World(config.load(CONFIGS / "round.yaml", ASKED))
+    counts = Counter(e.truth for e in world.known_answers)
+    positive, n_positive, negative, n_negative = world.agreement_error
+    assert (n_positive, n_negative) == (counts["agrees"], counts["disagrees"] + counts["neither"])
+    assert n_positive >= 100
+    assert n_negative >= 100
+    assert positive / n_positive + negative / n_negative - 1 > 0.5

@@ -1,14 +1,16 @@
 """The ledger as it is read from metrics, added up over rounds, printed and drawn."""
 
 import math
+import re
 
 import numpy as np
 import pytest
 
 from loop import report, show
 from loop.evolution import STEPS
-from loop.records import Metric
+from loop.records import PERSONAS, Metric
 from loop.report import LEVELS, Step, ledger_steps
+from loop.stats import Interval
 
 
 def row(t, name, value, low=None, high=None, reason=None):
@@ -121,6 +123,87 @@ def test_a_figure_of_the_same_numbers_has_the_same_bytes(tmp_path):
     assert [f.read_bytes() for f in one] == [f.read_bytes() for f in two]
     with pytest.raises(ValueError, match="books must hold a persona, got none"):
         report.plot_ledger({}, tmp_path / "x", title="t")
+
+
+# ---------------------------------------------------------------- small multiples
+
+
+def line(*values, runs=1):
+    v = np.array(values, dtype=float)
+    return report.Curve(np.arange(len(v), dtype=float), v, v - 0.1, v + 0.1, np.tile(v, (runs, 1)))
+
+
+def test_series_differ_in_more_than_colour_as_far_as_anyone_compares_them():
+    looks = [report.look(k) for k in range(28)]
+    assert len({(look.colour, look.dash) for look in looks}) == 28
+    assert len({(look.dash, look.marker) for look in looks}) == 28
+    personas = [report.persona_look(p) for p in PERSONAS]
+    assert len({look.marker for look in personas}) == len(PERSONAS)
+
+
+@pytest.mark.parametrize(
+    ("values", "moved"),
+    [
+        ([0, 0, 1], [0, 0.5, 1]),  # the second is moved up
+        ([0.9, 1.0, 1.0], [0, 0.5, 1]),  # no room above: the first two go down
+        ([0.1, 0.7], [0.1, 0.7]),  # far enough apart: nobody moves
+        ([], []),
+    ],
+)
+def test_names_are_moved_apart_in_their_order_and_stay_on_the_axis(values, moved):
+    assert report.spread(values, 0.5, 0, 1) == pytest.approx(moved)
+
+
+def test_an_interval_beyond_a_share_does_not_stretch_the_axis():
+    figure = report.small_multiples({"arm": {"nova": (line(0.2, 0.4, runs=2), {})}}, xlabel="round", ylabel="share")
+    (axes,) = figure.axes
+    low, high = axes.get_ylim()
+    assert low < 0 < 0.4 < high < 0.5
+    wide = report.curves({"nova": {"arm": line(0.9, 1.0)}}, {"arm": report.look(0)}, xlabel="round")
+    assert 1 < wide.axes[0].get_ylim()[1] < 1.05
+
+
+def test_a_zone_is_drawn_where_it_was_given_and_named_once():
+    zone = report.Zone(np.arange(2.0), np.array([0.1, 0.2]), np.array([0.3, 0.5]))
+    row = {p: (line(0.2, 0.4), {report.SEEDS: zone, report.DRIFT: zone}) for p in ("nova", "stella")}
+    figure = report.small_multiples({"arm": row}, xlabel="round", ylabel="share")
+    (band,) = figure.axes[0].collections[:1]
+    assert (band.get_datalim(figure.axes[0].transData).y0, band.get_datalim(figure.axes[0].transData).y1) == (0.1, 0.5)
+    assert [t.get_text() for t in figure.legends[0].get_texts()][:2] == [report.SEEDS, report.DRIFT]
+
+
+def test_the_differential_is_marked_as_an_input():
+    figure = report.responses([("nova", 1.5, 0.3, True)], [])
+    assert figure.axes[0].get_xlabel().startswith("INPUT: differential")
+
+
+def test_every_ink_of_a_figure_has_a_light_one_for_the_dark_page():
+    """Greys alone: a hue is meant to look the same on either page."""
+    figures = [
+        report.small_multiples({"a": {"nova": (line(0.1, 0.2), {})}}, xlabel="round", ylabel="share"),
+        report.curves({"t": {"a": line(0.1, 0.2)}}, {"a": report.OFF}, xlabel="round"),
+        report.forest({"a": [("nova", Interval(0.1, 0.0, 0.2, 3), 0.05)]}, xlabel="change"),
+        report.waterfall({"nova": ledger_steps([book(1, "nova", FIRST, FIRST, 0.02)], "nova")}, title="t"),
+        report.character_map({"a": {"0": (np.eye(3, 2), ["nova", "human", "unknown"])}}, xlabel="x"),
+    ]
+    for figure in figures:
+        svg = report.draw(figure, "svg").decode()
+        used = set(re.findall(r"(?:fill|stroke): (#[0-9a-f]{6})", svg))
+        grey = {c for c in used if c[1:3] == c[3:5] == c[5:7]} - {"#ffffff", "#999999"}
+        assert grey <= {ink.lower() for ink in report.INKS}
+        # Text without a fill of its own would stay black on the dark page.
+        assert not re.findall(r'<g id="text_\d+">\s*(?:<!--.*?-->\s*)?<g transform', svg)
+
+
+def test_drawing_leaves_no_setting_behind_and_draws_the_same_bytes_again():
+    import matplotlib
+
+    before = dict(matplotlib.rcParams)
+    figure = report.curves({"t": {"a": line(0.1, 0.2), "b": line(0.3, 0.1, runs=2)}},
+                           {"a": report.look(0), "b": report.look(1)}, xlabel="round")  # fmt: skip
+    first = [report.draw(figure, kind) for kind in ("svg", "png")]
+    assert [report.draw(figure, kind) for kind in ("svg", "png")] == first
+    assert dict(matplotlib.rcParams) == before
 
 
 # ---------------------------------------------------------------- what the terminal shows
