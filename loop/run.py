@@ -104,6 +104,7 @@ def play(
     report: Report = lambda kind, **fields: None,
     allow_drift: bool = False,
     mirror: Mirror = unmirrored,
+    sibling: Path | None = None,
 ) -> Path:
     """Plays rounds of a run and commits each; on a run that exists, goes on where it stopped.
 
@@ -113,6 +114,8 @@ def play(
       report: told of stages as they begin and end; see loop.show.progress.
       allow_drift: resume though packages or instruments changed; recorded in the manifest.
       mirror: entered with the run directory and a function that records a warning; told of each round after its commit.
+      sibling: run that differs in nothing that round 0 reads up to its labels: what those stages made is taken from its
+        files, checked against their hashes, in place of the work.
 
     Returns:
       The run directory.
@@ -150,7 +153,11 @@ def play(
             learner.load(run.adapter_path(done))
         for t in range(0 if done is None else done + 1, last + 1):
             with run.round(t) as part:
-                past, metrics = play_round(t, world, learner, past, Record(part, t, report))
+                lent = None
+                if sibling is not None and t == 0:
+                    lent = Committed(store.RunStore(sibling), t)
+                    run.event("lent", round_index=t, run=sibling.name)
+                past, metrics = play_round(t, world, learner, past, Record(part, t, report, lent))
             committed(t)
             for warning in world.warnings(past, metrics):
                 run.event("warning", round_index=t, text=warning)
@@ -347,11 +354,30 @@ def manifest(world: World) -> dict[str, Any]:
 LENT = {"accepted": ("samples.parquet", "rejected.parquet"), "discourse": ("discourse.parquet",)}
 
 
+BEFORE_ATTENTION = ("train", "steer", "probe", "sample", "classify")  # what a round makes before anyone is paid
+
+
+class Committed(NamedTuple):
+    """A committed round, read as one at work is."""
+
+    run: store.RunStore
+    t: int
+
+    def read_table(self, name: str) -> pa.Table:
+        return self.run.read_table(self.t, name)
+
+    def read_json(self, name: str) -> Any:
+        return self.run.read_json(self.t, name)
+
+    def path_for(self, name: str) -> Path:
+        return self.run.adapter_path(self.t, name)
+
+
 class File(NamedTuple):
     """How a stage's value lies in a round; `read` None: computing it again is cheap and exact."""
 
     write: Callable[[store.OpenRound, Any], None]
-    read: Callable[[store.OpenRound], Any] | None = None
+    read: Callable[[Any], Any] | None = None  # of an OpenRound or Committed
 
 
 def samples_file(name: str) -> File:
@@ -428,10 +454,19 @@ METRICS_FILE = File(
 
 
 class Record:
-    """Runs stages, tells of them, and keeps what they make: in a round of the store, or nowhere (`part` None)."""
+    """Runs stages, tells of them, and keeps what they make: in a round of the store, or nowhere (`part` None).
 
-    def __init__(self, part: store.OpenRound | None, t: int, report: Report = lambda kind, **fields: None) -> None:
-        self._part, self._t, self._report = part, t, report
+    With `lent`, stages BEFORE_ATTENTION are read from there and kept as if they had been run.
+    """
+
+    def __init__(
+        self,
+        part: store.OpenRound | None,
+        t: int,
+        report: Report = lambda kind, **fields: None,
+        lent: Committed | None = None,
+    ) -> None:
+        self._part, self._t, self._report, self._lent = part, t, report, lent
 
     def __call__(self, name: str, compute: Callable[[], T], file: File | None = None) -> T:
         """Runs a stage, or reads back what it wrote before the run was interrupted; without a file it is just run."""
@@ -440,6 +475,8 @@ class Record:
 
         def counted() -> T:
             nonlocal ran
+            if self._lent is not None and name in BEFORE_ATTENTION and file is not None and file.read is not None:
+                return file.read(self._lent)
             ran = True
             return compute()
 

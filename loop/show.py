@@ -1000,4 +1000,5 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[Any]]
         table.add_column(name, no_wrap=True)
     for row in rows:
         table.add_row(*(f"{v:.3f}" if isinstance(v, float) else str(v) for v in row))
-    Console(width=max(Console().width, 160)).print(table)
+    console = Console(width=10_000)  # a cell cut short is worse than a line that wraps
+    Console(width=max(Console().width, console.measure(table).maximum)).print(table)

@@ -56,6 +56,8 @@ LATER = (
 # users ask: where there is one, everything but the audience counts as read.
 NOT_BASELINE = (*LATER, "mix", "users", "filters", "virality", "channels", "discourse", "steer")
 NOT_RELEASE = (*LATER, "virality")
+# Nor does round 0 read the audience before it is paid by it: model, texts and labels are then taken from the sibling.
+BEFORE_ATTENTION = (*LATER, "virality")
 RETRIES = 3  # of a cell whose Ray node died; a cell that raised is not tried again before the next command
 REASON = 240  # characters of the line that says why a cell failed
 TOKEN = ".sweep"  # in runs_dir: tells a Ray node that it sees the same directory as the driver
@@ -185,12 +187,14 @@ class Cell:
       config: the run.
       source: cell whose files it starts from, as an index; None: it starts from nothing.
       at: round it is forked from; -1 is the baseline.
+      alike: its round 0 is the source's, too, up to the labels.
       needs: cells whose outputs are in its real corpus, played to their end before it starts.
     """
 
     config: Config
     source: int | None = None
     at: int = 0
+    alike: bool = False
     needs: tuple[int, ...] = ()
 
     @property
@@ -205,6 +209,7 @@ class Task(NamedTuple):
     config_text: str
     source: str | None
     at: int
+    alike: bool
     allow_drift: bool
     folder: str | None = None  # working directory; None: the worker's own
     token: str | None = None  # content of TOKEN in runs_dir; None: not checked
@@ -218,11 +223,13 @@ class Result(NamedTuple):
       reason: why it failed, one line; None: it is played to its last round.
       seconds: it took.
       shared: round it was forked from, -1 the baseline; None: played from nothing, or resumed.
+      alike: model, texts and labels of round 0 were taken from a sibling.
     """
 
     reason: str | None
     seconds: float
     shared: int | None = None
+    alike: bool = False
 
 
 Watch = Callable[[int, str, Result | None], None]
@@ -420,15 +427,16 @@ def cells(sweeps: Sequence[Sweep]) -> list[Cell]:
     if problems:
         raise ConfigError(list(dict.fromkeys(problems)))
     out: list[Cell] = []
-    first: dict[tuple[int, str], int] = {}  # (shared round, all that it reads) -> the first run with it
+    first: dict[tuple[int, bool, str], int] = {}  # (shared round, alike, all that it reads) -> the first run with it
     places = {path: i for i, path in enumerate(found)}
     for i, (path, config) in enumerate(found.items()):
-        read = [(at, _read(flat[path], free)) for at, free in ((0, LATER), (-1, _free_of_baseline(config)))]
+        shares = ((0, False, LATER), (-1, True, BEFORE_ATTENTION), (-1, False, _free_of_baseline(config)))
+        read = [(at, alike, _read(flat[path], free)) for at, alike, free in shares]
         # The first with it has no source of its own at this depth, so nothing waits for what waits for it.
-        source, at = next(((first[key], key[0]) for key in read if key in first), (None, 0))
+        source, at, alike = next(((first[key], *key[:2]) for key in read if key in first), (None, 0, False))
         for key in read:
             first.setdefault(key, i)
-        out.append(Cell(config, source, at, tuple(places[p] for p in _origins(config) if p in places)))
+        out.append(Cell(config, source, at, alike, tuple(places[p] for p in _origins(config) if p in places)))
     return out
 
 
@@ -468,27 +476,28 @@ def play_cell(task: Task) -> Result:
         if task.token is not None and _token(runs_dir) != task.token:
             raise OSError(f"runs_dir must be one directory shared by all nodes, got another at {runs_dir} on "
                           f"{socket.gethostname()}; mount it there")  # fmt: skip
-        if task.source is not None and not (runs_dir / config.run_name / "manifest.json").exists():
-            shared = _fork(Path(task.source), task.at, config)
+        sibling = None
+        if task.source is not None and _made_alike(source := Path(task.source), task.at, config):
+            if not (runs_dir / config.run_name / "manifest.json").exists():
+                run.fork(source, task.at, config)
+                shared = task.at
+            sibling = source if task.alike and _has(source, 0) else None
         mirror = track.Beside if task.track else run.unmirrored
-        run.play(config, allow_drift=task.allow_drift, mirror=mirror)
+        run.play(config, allow_drift=task.allow_drift, mirror=mirror, sibling=sibling)
     except Exception as error:
         if os.environ.get("PERSONA_LOOP_TRACEBACK"):
             sys.excepthook(type(error), error, error.__traceback__)
         return Result(_reason(error), time.monotonic() - started, shared)
-    return Result(None, time.monotonic() - started, shared)
+    return Result(None, time.monotonic() - started, shared, sibling is not None)
 
 
-def _fork(source: Path, at: int, config: Config) -> int | None:
-    """Forks a run from what it shares with another; None where that was made with other code, data or packages."""
+def _made_alike(source: Path, at: int, config: Config) -> bool:
+    """Whether another run was made with the code, data and packages at hand, so that its files stand for the work."""
     from loop import run, store
 
     theirs, mine = store.RunStore(source).manifest(), json.loads(json.dumps(run.manifest(run.set_up(config))))
     audience = () if at >= 0 else ("audience", "reader")
-    if any(theirs.get(key) != value for key, value in mine.items() if key not in audience):
-        return None
-    run.fork(source, at, config)
-    return at
+    return all(theirs.get(key) == value for key, value in mine.items() if key not in audience)
 
 
 def _reason(error: Exception) -> str:
@@ -553,7 +562,7 @@ def play(
             return False
         if cell.source is None or (cell.run_dir / "manifest.json").exists() or cell.source in results:
             return True
-        return _has(plan[cell.source], cell.at)
+        return _has(plan[cell.source].run_dir, 0 if cell.alike else cell.at)
 
     try:
         while waiting or running:
@@ -566,7 +575,7 @@ def play(
                     watch(i, "failed", results[i])
                     continue
                 source = plan[cell.source] if cell.source is not None else None
-                share = str(source.run_dir.absolute()) if source is not None and _has(source, cell.at) else None
+                share = str(source.run_dir.absolute()) if source is not None and _has(source.run_dir, cell.at) else None
                 workers.start(i, _task(cell, share, allow_drift, remote)._replace(track=track))
                 running.add(i)
                 watch(i, "start", None)
@@ -587,15 +596,15 @@ def _text(config: Config) -> str:
 
 def _task(cell: Cell, share: str | None, allow_drift: bool, remote: bool) -> Task:
     if not remote:
-        return Task(_text(cell.config), share, cell.at, allow_drift)
+        return Task(_text(cell.config), share, cell.at, cell.alike, allow_drift)
     runs_dir = Path(cell.config.runs_dir).absolute()
     config = cell.config.model_copy(update={"runs_dir": str(runs_dir)})
-    return Task(_text(config), share, cell.at, allow_drift, os.getcwd(), _token(runs_dir))
+    return Task(_text(config), share, cell.at, cell.alike, allow_drift, os.getcwd(), _token(runs_dir))
 
 
-def _has(cell: Cell, at: int) -> bool:
+def _has(run_dir: Path, at: int) -> bool:
     part = "baseline" if at < 0 else f"round_{at:03d}"
-    return (cell.run_dir / part / "MANIFEST.json").exists()
+    return (run_dir / part / "MANIFEST.json").exists()
 
 
 class Local:

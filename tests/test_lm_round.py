@@ -257,3 +257,17 @@ def test_the_reader_is_the_frozen_base_and_never_sees_training(base):
     want = mass(appeal.READER_YES) - mass(appeal.READER_NO)
     assert world.read([appeal.reader_prompt(posts[0])])[0] == pytest.approx(want, abs=1e-4)
     assert run.manifest(world)["reader"] == world.base.sha256
+
+
+def test_what_a_sibling_lends_of_round_0_changes_no_byte_of_a_language_model_run(tmp_path, base):
+    def settings(runs, audience):
+        small = [*SMALL, f"base.model={base}", "train.max_length=500", "sample.max_new_tokens=12", "n_rounds=1"]
+        return config.load(
+            ROOT / "configs" / "round.yaml",
+            [*small, "filters.enabled=false", f"runs_dir={tmp_path / runs}", f"virality.audience={audience}"],
+        )
+
+    paid = run.play(settings("paid", "full"))
+    alone, lent = settings("alone", '"null"'), settings("lent", '"null"')
+    assert tree(run.play(lent, sibling=paid)) == tree(run.play(alone))
+    assert tree(tmp_path / "lent") != tree(tmp_path / "paid")

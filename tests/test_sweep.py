@@ -120,7 +120,7 @@ def test_accumulate_without_a_real_share_shares_round_0_too(tmp_path):
 @pytest.mark.parametrize(
     ("change", "at"),
     [
-        ({"virality.audience": "null"}, -1),  # its weights are in round 0, the untouched base's probes are not
+        ({"virality.audience": "null"}, -1),  # its weights are in round 0, not in the probes of the untouched base
         ({"filters.min_words": 1}, -1),
         ({"users.mixture": {"blank": 1.0}}, -1),
         ({"sample.temperature": 0.7}, None),
@@ -139,11 +139,25 @@ def test_arms_share_no_more_than_they_agree_on(tmp_path, change, at):
     )
 
 
-def test_an_arm_that_shares_the_baseline_alone_equals_the_same_run_played_alone(tmp_path):
+def test_what_no_audience_has_touched_is_taken_from_a_sibling_and_changes_no_byte(tmp_path):
     plan, results = play(write(tmp_path, seeds=[0]), tmp_path / "shared")
-    assert [r.shared for r in results] == [None, -1, 0]  # full differs from neutral in what round 0 is paid
+    assert [(r.shared, r.alike) for r in results] == [(None, False), (-1, True), (0, False)]
     run.play(plan[1].config.model_copy(update={"runs_dir": str(tmp_path / "alone")}))
     assert tree(plan[1].run_dir) == tree(tmp_path / "alone" / "full-s0")
+    neutral, full = (store.RunStore(plan[i].run_dir).read_bytes(0, "exposure.parquet") for i in (0, 1))
+    assert neutral != full  # full differs from neutral in what round 0 is paid, and is paid anew
+    (lent,) = [e for e in store.RunStore(plan[1].run_dir).events() if e["event"] == "lent"]
+    assert lent["run"] == "neutral-s0"
+
+
+def test_a_sibling_whose_files_were_changed_lends_nothing(tmp_path):
+    plan, _ = play(write(tmp_path, seeds=[0], arms={"one": {}}), tmp_path / "runs")
+    table = plan[0].run_dir / "round_000" / "samples.parquet"
+    table.write_bytes(table.read_bytes()[:-8])
+    arms = {"one": {}, "other": {"virality.audience": "placebo"}}
+    _, (_, other) = play(write(tmp_path, seeds=[0], arms=arms), tmp_path / "runs")
+    assert "samples.parquet" in other.reason
+    assert store.RunStore(plan[0].run_dir.parent / "other-s0").rounds() == []
 
 
 def test_nothing_is_shared_with_a_run_that_other_code_made(tmp_path):
@@ -152,7 +166,7 @@ def test_nothing_is_shared_with_a_run_that_other_code_made(tmp_path):
     run.play(first.config)
     file = first.run_dir / "manifest.json"
     file.write_text(file.read_text().replace('"revision": ', '"revision": "another", "was": '))
-    result = sweep.play_cell(sweep.Task(sweep._text(second.config), str(first.run_dir), 0, False))
+    result = sweep.play_cell(sweep.Task(sweep._text(second.config), str(first.run_dir), 0, False, False))
     assert (result.reason, result.shared) == (None, None)
     assert "ancestor" not in store.RunStore(second.run_dir).manifest()
 

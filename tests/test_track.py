@@ -376,7 +376,7 @@ def test_a_cell_of_a_sweep_has_its_mirror_beside_it(tmp_path, monkeypatch):
     loaded = config.load(SMOKE, [*SMALL, f"runs_dir={tmp_path / 'runs'}", "n_rounds=1"])
     for on in (True, False):
         cell = loaded.model_copy(update={"name": f"track-{on}"})
-        assert sweep.play_cell(sweep.Task(sweep._text(cell), None, 0, False, track=on)).reason is None
+        assert sweep.play_cell(sweep.Task(sweep._text(cell), None, 0, False, False, track=on)).reason is None
         events = RunStore(tmp_path / "runs" / f"track-{on}-s0").events()
         assert any("W&B mirror" in str(e.get("text")) for e in events) is on
 
