@@ -9,7 +9,7 @@ SIZE ?= tiny
 JOBS ?= 2
 SCENARIOS ?= $(wildcard configs/scenarios/*.yaml)
 
-.PHONY: help round run sweep scenarios report dashboard test theory theory-figure lint clean
+.PHONY: help round run sweep scenarios report dashboard test theory theory-figure bench lint clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -51,6 +51,10 @@ report: $(READY)  ## one HTML page of RUN (a run, a folder of runs, a sweep file
 
 dashboard: $(READY)  ## mirror RUN to W&B and save its dashboard there; needs a W&B key
 	$(BIN)/loop track $(RUN) --dashboard
+
+bench: $(READY)  ## a round beside the same from stock TRL and generate, then docs/performance.md; 23 minutes, quiet machine
+	$(BIN)/python benchmarks/bench.py --context-pairs 1
+	$(BIN)/python benchmarks/performance.py
 
 lint: $(READY)  ## format, lint, types, import rules
 	$(BIN)/ruff format --check .

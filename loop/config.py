@@ -810,8 +810,8 @@ def check_yaml(text: str) -> None:
             n_aliases += 1
             if event.anchor in within:
                 raise ValueError(f"a config must not hold itself, got *{event.anchor} within &{event.anchor}")
-        elif getattr(event, "tag", None) is not None:
-            raise ValueError(f"a config must hold no tags, got {event.tag}; write the value alone")
+        elif (tag := getattr(event, "tag", None)) is not None:
+            raise ValueError(f"a config must hold no tags, got {tag}; write the value alone")
         if isinstance(event, yaml.CollectionStartEvent):
             within.append(event.anchor)
         elif isinstance(event, yaml.CollectionEndEvent):

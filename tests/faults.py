@@ -8,8 +8,11 @@ An operation is a call that changes a file or a directory below that directory: 
 truncate, mkdir, rename, link, remove. A write counts twice, so that it is also cut in the middle. After each fault the
 workload runs again without one, and the tree it leaves is compared by the caller with that of a run never disturbed.
 
-The sweep runs in a process of its own that forks once per fault: importing once instead of hundreds of times. fsync is
-counted and not done, because SIGKILL does not lose what the kernel holds; `Injector.log` shows that it was asked for.
+The sweep runs in a process of its own that forks once per fault: importing once instead of hundreds of times. What a
+workload's attribute `warm`, a function, loads, is loaded once too. fsync is counted and not done, because SIGKILL does
+not lose what the kernel holds; `Injector.log` shows that it was asked for.
+
+`strike` sends a signal at a moment instead of at an operation: into a long computation, where no file is touched.
 """
 
 from __future__ import annotations
@@ -23,10 +26,12 @@ import importlib
 import io
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
@@ -223,10 +228,39 @@ def sweep(
       first, step: which ticks.
       timeout: seconds for all of it.
     """
+    options = ["--first", str(first), "--step", str(step)] + (["--persistent"] if persistent else [])
+    return _ask(workload, directory, kind, options, start, timeout)
+
+
+def strike(
+    workload: str,
+    directory: Path,
+    *,
+    sent: str,
+    n: int,
+    seed: int,
+    start: Path | None = None,
+    timeout: float = 1200,
+) -> tuple[Reference, list[Outcome]]:
+    """Runs a workload undisturbed, then n times with a signal at a moment of its own, uniform in the time it takes.
+
+    A moment that comes after the end is drawn again, at most 9 n times in all. Of an outcome `tick` counts them from 1,
+    `operation` is the signal and `path` the moment. No operation is counted, so `Reference.operations` is empty.
+
+    Args:
+      sent: "SIGKILL", "SIGTERM" or "SIGINT".
+      n: signals that met the run at work.
+      seed: of the moments.
+      workload, directory, start, timeout: see `sweep`.
+    """
+    return _ask(workload, directory, sent, ["--moments", str(n), "--seed", str(seed)], start, timeout)
+
+
+def _ask(
+    workload: str, directory: Path, kind: str, options: list[str], start: Path | None, timeout: float
+) -> tuple[Reference, list[Outcome]]:
     here = Path(__file__).resolve()
-    command = [sys.executable, "-W", "error", str(here), workload, str(directory), kind]
-    command += ["--first", str(first), "--step", str(step)]
-    command += ["--persistent"] if persistent else []
+    command = [sys.executable, "-W", "error", str(here), workload, str(directory), kind, *options]
     command += ["--start", str(start)] if start else []
     paths = [str(here.parent.parent), str(here.parent)]
     env = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
@@ -246,6 +280,8 @@ def _serve() -> None:
     parser.add_argument("--step", type=int, default=1)
     parser.add_argument("--persistent", action="store_true")
     parser.add_argument("--start", type=Path)
+    parser.add_argument("--moments", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     module, function = args.workload.split(":")
     run = getattr(importlib.import_module(module), function)
@@ -264,8 +300,13 @@ def _serve() -> None:
     def noted() -> list[str]:
         return notes.read_text().splitlines() if notes.exists() else []
 
+    warm = getattr(run, "warm", None)
+    if warm:
+        warm()
     fresh()
-    code, report = _child(run, place, said, Injector(place))
+    began = time.monotonic()
+    code, report = _child(run, place, said, None if args.moments else Injector(place))
+    seconds = time.monotonic() - began
     if code:
         sys.exit(f"the undisturbed run must end well, got exit {code}:\n{report['trace']}")
     # What a run imports late, each fork would import again: a second apiece for pandas, which pyarrow asks for.
@@ -276,37 +317,69 @@ def _serve() -> None:
     gc.freeze()  # leaves the pages of what is loaded shared between the forks
     operations = report["log"]
     print(json.dumps(asdict(Reference(operations, tree(place), noted()))))
+
+    def outcome(tick: int, operation: str, path: str, code: int, report: dict[str, Any]) -> None:
+        problems = _problems(place)
+        after, second = _child(run, place, said, None)
+        found = Outcome(
+            tick, operation, path, code, report["message"], problems, after,
+            second["trace"] or report["trace"], tree(place), noted(),
+        )  # fmt: skip
+        print(json.dumps(asdict(found)), flush=True)
+
+    if args.moments:
+        rng, met = random.Random(args.seed), 0
+        for _ in range(9 * args.moments):
+            fresh()
+            moment = rng.uniform(0.02, seconds)  # the command sets its handlers first
+            code, report = _child(run, place, said, None, sent=(args.kind, moment))
+            if code not in (0, -signal.SIGTERM):  # SIGTERM kills before the handlers are set and after they are gone
+                met += 1
+                outcome(met, args.kind, f"after {moment:.3f} s of {seconds:.3f}", code, report)
+            if met == args.moments:
+                return
+        sys.exit(f"{args.moments} signals must meet the run at work, got {met}: it takes {seconds:.3f} s")
     for tick in range(args.first, len(operations) + 1, args.step):
         fresh()
         injector = Injector(place, at=tick, kind=args.kind, persistent=args.persistent)
         code, report = _child(run, place, said, injector)
-        problems = _problems(place)
-        after, second = _child(run, place, said, None)
-        outcome = Outcome(
-            tick, *operations[tick - 1], code, report["message"], problems, after,
-            second["trace"] or report["trace"], tree(place), noted(),
-        )  # fmt: skip
-        print(json.dumps(asdict(outcome)), flush=True)
+        outcome(tick, *operations[tick - 1], code, report)
 
 
 def _child(
-    run: Callable[[Path], None], place: Path, said: Path, injector: Injector | None
+    run: Callable[[Path], None],
+    place: Path,
+    said: Path,
+    injector: Injector | None,
+    sent: tuple[str, float] | None = None,
 ) -> tuple[int, dict[str, Any]]:
+    """Runs a workload in a fork; `sent` is (signal, seconds after the fork). Returns its exit code and what it said."""
     said.unlink(missing_ok=True)
+    begun, begin = os.pipe()
     pid = os.fork()
     if pid == 0:
         code, message, trace = 0, "", ""
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job begins with it ignored
+        os.write(begin, b"1")
         if injector:
             injector.install()
         try:
             run(place)
         except BaseException as error:
             code, message, trace = getattr(error, "exit_code", 70), str(error), traceback.format_exc()
+        for late in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(late, signal.SIG_IGN)
         if injector:
             injector.remove()
         log, modules = injector.log if injector else [], [name for name in sys.modules if name != "__main__"]
         said.write_text(json.dumps({"message": message, "trace": trace, "log": log, "modules": modules}))
         os._exit(code)
+    os.read(begun, 1)
+    os.close(begun)
+    os.close(begin)
+    if sent:
+        time.sleep(sent[1])
+        os.kill(pid, getattr(signal, sent[0]))  # one that has ended is not reaped yet, so no other process is hit
     _, status = os.waitpid(pid, 0)
     code = os.waitstatus_to_exitcode(status)
     return code, json.loads(said.read_text()) if said.exists() else {"message": "", "trace": "", "log": []}

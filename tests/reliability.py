@@ -29,7 +29,10 @@ PAGE = ROOT / "docs" / "reliability.md"
 
 
 class Fault(NamedTuple):
-    """A row of the page: what goes wrong, how it is made to, what is expected, and the tests, "file::function"."""
+    """A row of the page: what goes wrong, how it is made to, what is expected, and the tests.
+
+    A test is "file::function", or "file::function[part" for those cases that hold `part` in their name.
+    """
 
     id: str
     fault: str
@@ -39,18 +42,20 @@ class Fault(NamedTuple):
 
 
 FAULTS = (
-    Fault("F1", "killed anywhere", "SIGKILL at every file operation of three rounds, a fork and a repair, and at random "
-          "moments of a language-model run", "same bytes after a restart", (
+    Fault("F1", "killed anywhere", "SIGKILL at every file operation of three rounds, a fork and a repair, and at "
+          "random moments of a language-model run", "same bytes after a restart", (
               "test_faults::test_a_run_killed_at_any_file_operation_ends_as_if_nothing_had_happened",
-              "test_faults::test_a_run_stopped_at_any_moment_ends_as_if_nothing_had_happened",
+              "test_faults::test_a_run_stopped_at_any_moment_ends_as_if_nothing_had_happened[SIGKILL",
               "test_store::test_killed_at_any_file_operation_at_all",
               "test_store::test_the_sweep_sees_through_a_store_that_is_not_atomic",
               "test_store::test_a_stage_that_was_whole_is_read_back_and_not_computed")),
-    Fault("F2", "told to stop", "SIGTERM and SIGINT at random moments (counted under F1), and between rounds",
-          "exit 143, 130; the same command goes on", (
+    Fault("F2", "told to stop", "SIGTERM and SIGINT at random moments of a toy and of a language-model "
+          "run", "exit 143, 130; the same command goes on", (
+              "test_faults::test_a_run_stopped_at_any_moment_ends_as_if_nothing_had_happened[SIGTERM",
+              "test_faults::test_a_run_stopped_at_any_moment_ends_as_if_nothing_had_happened[SIGINT",
               "test_cli::test_a_signal_stops_between_bytes_and_the_same_command_goes_on",)),
-    Fault("F3", "disk full, over quota, broken, gone", "the n-th file operation refused for every n, once and for good: "
-          "ENOSPC, EDQUOT, EIO, EROFS; a full tmpfs, a file-size limit, a directory that disappears; short writes",
+    Fault("F3", "disk full, over quota, broken, gone", "the n-th file operation refused for every n, once and for good:"
+          " ENOSPC, EDQUOT, EIO, EROFS; a full tmpfs, a file-size limit, a directory that disappears; short writes",
           "exit 5 with path and bytes; earlier rounds intact; the same command goes on", (
               "test_faults::test_a_run_whose_disk_refuses_any_operation_says_so_and_can_go_on",
               "test_faults::test_a_run_of_a_language_model_whose_disk_refuses_says_so_and_can_go_on",
@@ -70,7 +75,8 @@ FAULTS = (
               "test_sweep::test_a_directory_that_cannot_be_written_is_refused_at_once")),
     Fault("F6-F11", "artefact truncated, bit-flipped, missing, edited; adapter with NaN, without a tensor, of another "
           "alpha or rank; other schema", "each edit of a middle and of the last round, as it is, with its own MANIFEST "
-          "made to fit, and with every hash forged", "`loop verify` exit 3 by name; not resumed; `--repair` rolls back", (
+          "made to fit, and with every hash forged", "`loop verify` exit 3 by name; not resumed; "
+          "`--repair` rolls back", (
               "test_faults::test_a_damaged_run_is_exit_3_by_name_is_not_resumed_and_is_repaired",
               "test_faults::test_an_adapter_forged_with_every_hash_is_still_not_trained_on",
               "test_faults::test_a_run_of_another_schema_version_is_exit_3_and_left_alone",
@@ -168,8 +174,8 @@ FAULTS = (
               "test_track::test_text_of_a_model_reaches_a_table_without_control_characters",
               "test_page::test_json_in_a_script_element_cannot_end_it_and_reads_back_as_it_was",
               "test_page::test_text_of_a_model_is_shown_and_never_acts")),
-    Fault("F30, F33", "clock jumps; progress, report, tracking, jobs", "each switched on and off; a clock that jumps by "
-          "days", "same bytes", (
+    Fault("F30, F33", "clock jumps; progress, report, tracking, jobs", "each switched on and off; a clock that jumps "
+          "by days", "same bytes", (
               "test_faults::test_progress_reports_clock_and_tracking_leave_no_trace_in_the_bytes",
               "test_track::test_a_tracked_run_leaves_the_bytes_of_an_untracked_one",
               "test_sweep::test_two_jobs_equal_one_byte_for_byte",
@@ -197,7 +203,8 @@ What this does not show. SIGKILL loses what a process holds, not what the kernel
 byte and every name is asked to disk in the right order is read from the log of operations instead. A quota is injected
 as EDQUOT, not set up. Whoever edits a round, every MANIFEST after it and the event log leaves no trace in the
 directory: publish the last MANIFEST's hash. Bytes are compared on one machine; elsewhere the golden hashes tell a
-changed version from a changed result. Archives are never unpacked: a run is a directory, copied by the user's own means.
+changed version from a changed result. Archives are never unpacked: a run is a directory, copied by the user's own
+means.
 """
 
 
@@ -215,7 +222,7 @@ class Seen:
 
 def nodes() -> list[str]:
     """The tests of FAULTS as pytest takes them."""
-    pairs = (test.split("::") for fault in FAULTS for test in fault.tests)
+    pairs = (test.partition("[")[0].split("::") for fault in FAULTS for test in fault.tests)
     return [f"{ROOT}/tests/{file}.py::{function}" for file, function in dict.fromkeys(map(tuple, pairs))]
 
 
@@ -240,9 +247,11 @@ def look(fault: Fault, cases: dict[str, list[ET.Element]]) -> Seen:
     """Gathers what happened to one fault."""
     seen = Seen()
     for test in fault.tests:
-        if test not in cases:
+        name, _, part = test.partition("[")
+        here = [case for case in cases.get(name, ()) if part in case.get("name", "")]
+        if not here:
             seen.missing.append(test)
-        for case in cases.get(test, ()):
+        for case in here:
             said = {p.get("name"): p.get("value", "") for p in case.iter("property")}
             if case.find("failure") is not None or case.find("error") is not None:
                 seen.failed.append(case.get("name", test))
@@ -266,7 +275,8 @@ def page(cases: dict[str, list[ET.Element]]) -> tuple[str, bool]:
     lines = [
         "# Reliability",
         "",
-        "A result is either whole and verifiable, or absent. This page is written by `make faults` (tests/reliability.py)",
+        "A result is either whole and verifiable, or absent. This page is written by `make faults` "
+        "(tests/reliability.py)",
         "from the results of its tests; edit neither by hand.",
         "",
         f"{total:,} faults in {len(FAULTS)} kinds, {sum(s.passed for s in seen.values())} test cases, "

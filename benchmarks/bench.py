@@ -1,0 +1,532 @@
+"""The round of this project beside the same round from stock parts, in turn, each in a process of its own.
+
+    python benchmarks/bench.py [--pairs 3] [--documents 96] [--samples 128] [--max-new-tokens 40]
+        [--base smollm2-135m] [--device cpu|cuda] [--out docs/performance/round.json] [key=value ...]
+
+Ours is `run.play` on configs/round.yaml with those sizes: a run that has played round 0 is copied and plays round 1, as
+the same command does for a user. benchmarks/stock_round.py gets the documents, prompts and settings of that round 1.
+Two shapes: the documents of the config, and the same after a context that all prompts share. Seconds of ours are those
+of events.jsonl; load is everything from the start of the process to the first stage; bookkeeping is what no other
+stage has. Trailing key=value override the config for both sides. benchmarks/performance.py turns the file into a page.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+CONFIG, STOCK = ROOT / "configs" / "round.yaml", ROOT / "benchmarks" / "stock_round.py"
+STAGES = ("load", "train", "sample", "classify", "measure", "bookkeeping")
+MEASURE = ("probe", "measure", "candidates")  # what the loop's `measure` is made of
+BATCH_SIZES = "16,32,64,128"
+# Two turns before every prompt, as a system prompt or a retrieved page would be.
+CONTEXT = (
+    "You write short posts for a public board that many people read in the morning. Stay with one thought, use plain "
+    "words, and end when the thought ends.",
+    "Understood: one thought, plain words, and then I stop.",
+)
+# SmolLM2-1.7B's shape; random weights take as long as trained ones.
+RANDOM = {
+    "random-1.7b": {
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "max_position_embeddings": 8192,
+        "tie_word_embeddings": True,
+    }
+}
+
+
+def in_context(turns: tuple[str, ...] | None) -> tuple[str, ...] | None:
+    """A prompt after CONTEXT; a plain document, and one that has it already, stay as they are."""
+    return turns if turns is None or turns[: len(CONTEXT)] == CONTEXT else (*CONTEXT, *turns)
+
+
+def shared_share(prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> float:
+    """Share of all tokens that lie in the prefix most prompts have in common, in [0, 1]; 0 for a prefix of marks.
+
+    The prefix is the longest that more than half of the prompts begin with.
+    """
+    common: list[int] = []
+    alive = [list(p) for p in prompts]
+    while True:
+        heads = [p[len(common)] for p in alive if len(p) > len(common)]
+        most = max(set(heads), key=heads.count, default=None)
+        if most is None or heads.count(most) * 2 <= len(prompts):
+            break
+        alive = [p for p in alive if len(p) > len(common) and p[len(common)] == most]
+        common.append(most)
+    total = sum(map(len, prompts)) + sum(map(len, completions))
+    return len(common) * len(alive) / total
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# in a process of their own
+
+
+def _world(shape: str) -> Any:
+    """Makes `run.play` put CONTEXT before every prompt where the shape asks for it; returns the module."""
+    from loop import run, world
+
+    class InContext(world.World):
+        def mix(self, t: int, past: Any) -> Any:
+            mixture, cursor = super().mix(t, past)
+            documents = [replace(d, prompt=in_context(d.prompt)) for d in mixture.documents]
+            return replace(mixture, documents=documents), cursor
+
+        def prompts(self, t: int, mixture: dict[str, float]) -> list[Any]:
+            return [replace(p, turns=in_context(p.turns)) for p in super().prompts(t, mixture)]
+
+        @cached_property
+        def battery(self) -> list[Any]:
+            asked = world.World.battery.func(self)  # type: ignore[attr-defined]
+            return [replace(p, turns=in_context(p.turns)) for p in asked]
+
+    if shape == "context":
+        run.World = InContext  # type: ignore[misc]
+    return run
+
+
+def _config(job: dict[str, Any]) -> Any:
+    from loop import config
+
+    return config.load(job["config"], job["overrides"])
+
+
+def prepare(job: dict[str, Any]) -> dict[str, Any]:
+    """Plays baseline and round 0 if there is none, and returns round 1 as stock_round.py takes it."""
+    run = _world(job["shape"])
+    config = _config(job)
+    folder = Path(config.runs_dir) / config.run_name
+    if not folder.is_dir():
+        run.play(config, rounds=0)
+    from loop.model import decode, encode_all
+    from loop.readings import N_KL
+    from loop.store import RunStore
+
+    world = run.set_up(config)
+    past = run.restore(world, RunStore(folder))
+    mixture, _ = world.mix(1, past)
+    asked, model = world.prompts(1, past.prompt_mixture), world.base
+
+    def ids(turns: Any) -> list[int]:
+        return encode_all(model, [(turns, "")])[0][0]
+
+    def spelled(turns: Any) -> str:
+        return decode(model, ids(turns))
+
+    documents = [d for d in mixture.expanded() if d.weight > 0]  # ours leaves out those that count for nothing
+    pairs = encode_all(model, [(d.prompt, d.completion) for d in documents])
+    t = config.train
+    return {
+        "base": model.net.name_or_path,
+        "n_parameters": sum(p.numel() for p in model.net.parameters()),
+        "documents": [{"prompt": spelled(d.prompt), "completion": d.completion} for d in documents],
+        "prompts": [spelled(p.turns) for p in asked],
+        "probes": [spelled(p.turns) for p in world.battery],
+        "probes_private": [p.stratum == "private" for p in world.battery],
+        "heldout": [{"prompt": spelled(d.prompt), "completion": d.completion} for d in world.heldout[0]],
+        "n_kl": N_KL,
+        "names": sorted(name for names in world.grammar.names().values() for name in names),
+        "train": t.model_dump(exclude={"init_from", "lora"}) | t.lora.model_dump(mode="json"),
+        "sample": config.sample.model_dump(),
+        "seed": config.seed,
+        "tokens_per_epoch": sum(len(p) + len(c) for p, c in pairs),
+        "shared": shared_share([p for p, _ in pairs], [c for _, c in pairs]),
+        "shared_prompts": shared_share([ids(p.turns) for p in asked], []),
+    }
+
+
+def ours(job: dict[str, Any]) -> dict[str, Any]:
+    """Plays one more round of a run; with `profile`, returns the table of torch's profiler for those stages."""
+    import torch
+
+    run = _world(job["shape"])
+    begun, tables, watch = None, {}, None
+
+    def report(kind: str, **fields: Any) -> None:
+        nonlocal begun, watch
+        if kind == "stage" and fields["round_index"] >= 0:
+            begun = begun or time.monotonic()
+            if fields["stage"] in job.get("profile", ()):
+                watch = torch.profiler.profile()
+                watch.start()
+        elif kind == "done" and watch is not None:
+            watch.stop()
+            tables[fields["stage"]] = watch.key_averages().table(
+                sort_by="self_cpu_time_total" if job["device"] == "cpu" else "self_device_time_total",
+                row_limit=12,
+                max_name_column_width=48,
+            )
+            watch = None
+
+    run.play(_config(job), rounds=1, report=report)
+    on_gpu = job["device"] == "cuda"
+    return {"begun": begun, "memory": torch.cuda.max_memory_allocated() if on_gpu else None, "profiles": tables}
+
+
+def limits(job: dict[str, Any]) -> dict[str, float]:
+    """What the machine can do: floating-point operations per second of a product, and on a GPU bytes copied."""
+    import torch
+
+    device = job["device"]
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    n = 2048 if device == "cpu" else 8192
+
+    def best(work: Callable[[], object]) -> float:
+        seconds = []
+        for _ in range(12):
+            started = time.perf_counter()
+            work()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - started)
+        return min(seconds)
+
+    a, b = torch.randn(2, n, n, device=device, dtype=dtype)
+    out: dict[str, float] = {"flops": 2 * n**3 / best(lambda: a @ b)}
+    if device == "cuda":
+        block = torch.empty(1 << 30, dtype=torch.uint8, device=device)
+        out["copy_bytes"] = 2 * block.numel() / best(block.clone)  # read once and written once
+    return out
+
+
+def first_work(job: dict[str, Any]) -> dict[str, float]:
+    """When `loop run` begins its first stage; nothing is played."""
+    import loop.__main__  # noqa: F401  what the command imports before it looks at its arguments
+    from loop import run
+
+    class Begun(Exception):
+        pass
+
+    def report(kind: str, **fields: Any) -> None:
+        if kind == "stage" and fields["stage"] != "load base":
+            raise Begun
+
+    with suppress(Begun):
+        run.play(_config(job), report=report)
+    return {"begun": time.monotonic()}
+
+
+CHILDREN = {f.__name__: f for f in (prepare, ours, limits, first_work)}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the parent
+
+
+def in_process(command: Sequence[str], job: dict[str, Any], *, cache: Path | None = None) -> dict[str, Any]:
+    """Runs a command on a job; returns what it printed last, with `seconds_in_all` and `peak_rss`, bytes.
+
+    The job lies in a file, with the moment of the start on the clock that all processes of a machine share.
+    """
+    cores = str(len(os.sched_getaffinity(0)))
+    env = os.environ | {"OMP_NUM_THREADS": cores, "MKL_NUM_THREADS": cores, "HF_HUB_OFFLINE": "1"}
+    if cache is not None:
+        env["PERSONA_LOOP_CACHE"] = str(cache)
+    with tempfile.NamedTemporaryFile("w", suffix=".json") as file, tempfile.TemporaryFile("w+") as said:
+        started = time.monotonic()
+        json.dump(job | {"started": started}, file)
+        file.flush()
+        arguments = [part.replace("JOB", file.name) for part in command]
+        with subprocess.Popen([sys.executable, *arguments], env=env, stdout=subprocess.PIPE, stderr=said) as process:
+            assert process.stdout is not None
+            printed = process.stdout.read().decode()
+            _, status, usage = os.wait4(process.pid, 0)
+            process.returncode = os.waitstatus_to_exitcode(status)
+        seconds = time.monotonic() - started
+        if process.returncode:
+            said.seek(0)
+            raise SystemExit(f"{' '.join(command)} ended with {process.returncode}:\n{said.read()[-3000:]}")
+    result: dict[str, Any] = json.loads(printed.splitlines()[-1])
+    return result | {"started": started, "seconds_in_all": seconds, "peak_rss": usage.ru_maxrss * 1024}
+
+
+def child(name: str, job: dict[str, Any], *, cache: Path | None = None) -> dict[str, Any]:
+    """Runs one of CHILDREN in a process of its own."""
+    return in_process([str(Path(__file__).resolve()), "--child", name, "JOB"], job, cache=cache)
+
+
+def play_stock(job: dict[str, Any], options: Sequence[str]) -> dict[str, Any]:
+    """One stock round as a row: seconds per stage, useful tokens, peak memory."""
+    found = in_process([str(STOCK), "JOB", *options], job)
+    seconds = found["seconds"]
+    seconds["bookkeeping"] = found["seconds_in_all"] - sum(seconds.values())
+    return {"seconds": seconds, "n_tokens": found["n_tokens"], "memory": found["memory"] or found["peak_rss"]}
+
+
+def play_ours(job: dict[str, Any], folder: Path, cache: Path, profile: Sequence[str] = ()) -> dict[str, Any]:
+    """One round of ours as such a row, on a copy of the prepared run and of the embeddings known before it."""
+    from loop.config import load
+    from loop.store import RunStore
+
+    scratch = Path(tempfile.mkdtemp(dir=folder))
+    shutil.copytree(folder / "runs", scratch / "runs")
+    for file in folder.glob("embeddings.sqlite*"):
+        shutil.copy(file, cache)
+    job = job | {"overrides": [*job["overrides"], f"runs_dir={scratch / 'runs'}"], "profile": list(profile)}
+    found = child("ours", job, cache=cache)
+    run = RunStore(scratch / "runs" / load(job["config"], job["overrides"]).run_name)
+    rows = [row for row in run.events() if row["event"] == "stage" and row["part"] == "round_001"]
+    by_stage = {row["stage"]: float(row["seconds"]) for row in rows}
+    seconds = {"load": found["begun"] - found["started"]}
+    seconds |= {name: by_stage[name] for name in ("train", "sample", "classify")}
+    seconds["measure"] = sum(by_stage.get(name, 0.0) for name in MEASURE)
+    seconds["bookkeeping"] = found["seconds_in_all"] - sum(seconds.values())
+    n_tokens = sum(run.read_table(1, "samples.parquet").column("n_tokens").to_pylist())
+    shutil.rmtree(scratch)
+    return {
+        "seconds": seconds,
+        "n_tokens": n_tokens,
+        "memory": found["memory"] or found["peak_rss"],
+        "profiles": found["profiles"],
+    }
+
+
+def private_cache(folder: Path) -> Path:
+    """A cache with the user's bases and without the user's embeddings, so that no text is known beforehand."""
+    from loop.model import cache_dir
+
+    cache = folder / "cache"
+    cache.mkdir()
+    for path in cache_dir().glob("*"):
+        if path.is_dir():  # bases and what was fitted to them; a lock must be a file of its own
+            (cache / path.name).symlink_to(path.resolve())
+    return cache
+
+
+def random_base(name: str, folder: Path) -> Path:
+    """Writes a Llama of that shape with random weights and SmolLM2's tokenizer."""
+    import torch
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    from loop.model import load
+
+    tokenizer = AutoTokenizer.from_pretrained(load("smollm2-135m", device="cpu").net.name_or_path)
+    marks = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
+    torch.manual_seed(0)
+    net = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **RANDOM[name], **marks))
+    net.to(torch.bfloat16).save_pretrained(folder / name)
+    tokenizer.save_pretrained(folder / name)
+    return folder / name
+
+
+def starts(repeats: int, cache: Path, folder: Path) -> dict[str, list[float]]:
+    """Seconds of `loop --help`, and from the start of `loop run` to its first stage, with the toy and with the base."""
+    help_ = []
+    for _ in range(repeats):
+        started = time.monotonic()
+        subprocess.run([sys.executable, "-m", "loop", "--help"], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+        help_.append(time.monotonic() - started)
+    found = {"loop --help": help_}
+    for name in ("smoke", "round"):
+        seconds = []
+        for _ in range(repeats):
+            with tempfile.TemporaryDirectory(dir=folder) as runs:
+                job = {"config": str(ROOT / "configs" / f"{name}.yaml"), "overrides": [f"runs_dir={runs}"]}
+                row = child("first_work", job, cache=cache)
+            seconds.append(row["begun"] - row["started"])
+        found[f"loop run configs/{name}.yaml"] = seconds
+    return found
+
+
+def machine(device: str) -> dict[str, Any]:
+    """What the figures were taken on."""
+    from loop.run import _revision
+
+    names = [line.split(":", 1)[1].strip() for line in _cpu_lines() if line.startswith("model name")]
+    out = {
+        "cpu": names[0] if names else "unknown",
+        "cores": len(os.sched_getaffinity(0)),
+        "packages": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft", "trl")},
+        "revision": _revision(),
+    }
+    if device == "cuda":
+        import torch
+
+        out["gpu"] = torch.cuda.get_device_name()
+    return out
+
+
+def _cpu_lines() -> list[str]:
+    path = Path("/proc/cpuinfo")
+    return path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+
+
+def median(rows: Sequence[dict[str, Any]], stage: str) -> float:
+    """Median seconds of a stage over the rows of one side; `with`, `without`: of the round, measure counted or not."""
+    if stage == "with":
+        return median(rows, "without") + median(rows, "measure")
+    if stage == "without":
+        return statistics.median(sum(row["seconds"].values()) - row["seconds"].get("measure", 0) for row in rows)
+    return statistics.median(row["seconds"][stage] for row in rows if stage in row["seconds"])
+
+
+def rate(rows: Sequence[dict[str, Any]]) -> float:
+    """Median useful tokens per second of sampling."""
+    return statistics.median(row["n_tokens"] / row["seconds"]["sample"] for row in rows)
+
+
+def lines(name: str, shape: dict[str, Any], limit: dict[str, float]) -> list[str]:
+    """What `make bench` prints of a shape."""
+    stock, mine = ([pair[side] for pair in shape["pairs"]] for side in ("stock", "ours"))
+    out = [
+        f"{name}: pairs {len(stock)}; in a shared prefix: {shape['shared']:.0%} of the training tokens, "
+        f"{shape['shared_prompts']:.0%} of those of the prompts"
+    ]
+    out.append(f"  {'seconds':<22}{'stock':>9}{'ours':>9}{'ratio':>8}")
+    for stage in (*STAGES, "without", "with"):
+        a, b = median(stock, stage), median(mine, stage)
+        label = {"without": "round, not measured", "with": "round, measured"}.get(stage, stage)
+        out.append(f"  {label:<22}{a:9.2f}{b:9.2f}{a / b:8.2f}")
+    out.append(f"  {'useful tokens/s':<22}{rate(stock):9.1f}{rate(mine):9.1f}{rate(mine) / rate(stock):8.2f}")
+    a, b = (statistics.median(row["memory"] for row in rows) / 2**30 for rows in (stock, mine))
+    out.append(f"  {'peak memory, GiB':<22}{a:9.2f}{b:9.2f}{a / b:8.2f}")
+    for what, share in (("sampling", sample_share), ("training", train_share)):
+        a, b = (share(rows, shape, limit) for rows in (stock, mine))
+        out.append(f"  {f'{what}, share of limit':<22}{a:9.1%}{b:9.1%}{b / a:8.2f}")
+    return out
+
+
+def sample_share(rows: Sequence[dict[str, Any]], shape: dict[str, Any], limit: dict[str, float]) -> float:
+    """2 · parameters · useful tokens per second over the machine's measured product rate."""
+    return 2 * shape["n_parameters"] * rate(rows) / limit["flops"]
+
+
+def train_share(rows: Sequence[dict[str, Any]], shape: dict[str, Any], limit: dict[str, float]) -> float:
+    """6 · parameters · trained tokens per second over that rate; a frozen base could do with 4."""
+    return 6 * shape["n_parameters"] * shape["n_trained_tokens"] / median(rows, "train") / limit["flops"]
+
+
+def copy_share(rows: Sequence[dict[str, Any]], shape: dict[str, Any], limit: dict[str, float], steps: int) -> float:
+    """Bytes of the weights, read once a decoding step were all documents decoded at once, over the copy rate."""
+    return 2 * shape["n_parameters"] * steps / median(rows, "sample") / limit["copy_bytes"]
+
+
+def missed(found: dict[str, Any]) -> list[tuple[str, str]]:
+    """(shape, stage) of the targets of training and sampling that the medians do not reach."""
+    out = []
+    for name, shape in found["shapes"].items():
+        stock, mine = ([pair[side] for pair in shape["pairs"]] for side in ("stock", "ours"))
+        if median(stock, "train") < 2.5 * median(mine, "train"):
+            out.append((name, "train"))
+        if rate(mine) < 2.5 * rate(stock):
+            out.append((name, "sample"))
+    return out
+
+
+def compare(args: argparse.Namespace) -> dict[str, Any]:
+    """Runs all there is to run; see the head of this file."""
+    with tempfile.TemporaryDirectory(prefix="persona-loop-bench-") as scratch:
+        root = Path(scratch)
+        cache = private_cache(root)
+        shutil.copy(CONFIG, root)  # edited meanwhile, it would be another run's
+        base = str(random_base(args.base, root)) if args.base in RANDOM else args.base
+        overrides = [
+            f"base.model={base}",
+            f"base.device={args.device}",
+            f"mix.n_train={args.documents}",
+            f"sample.n_samples={args.samples}",
+            f"sample.max_new_tokens={args.max_new_tokens}",
+            *(["filters.enabled=false"] if args.base in RANDOM else []),  # noise rarely passes them
+            *args.overrides,
+        ]
+        settings = {name: getattr(args, name) for name in ("documents", "samples", "max_new_tokens", "base", "device")}
+        found: dict[str, Any] = {"settings": settings | {"overrides": args.overrides}, "machine": machine(args.device)}
+        found["limits"] = {"flops": 0.0} | {
+            k: v for k, v in child("limits", {"device": args.device}).items() if k in ("flops", "copy_bytes")
+        }
+        jobs, shapes = {}, {}
+        for shape in ("default", "context"):  # round 0 is also the warm-up: page cache, compiled kernels
+            job = {"config": str(root / CONFIG.name), "shape": shape, "device": args.device, "overrides": overrides}
+            stock_job = child("prepare", job | {"overrides": [*overrides, f"runs_dir={root / 'runs'}"]}, cache=cache)
+            jobs[shape] = (job, stock_job)
+            shapes[shape] = {
+                "shared": stock_job["shared"],
+                "shared_prompts": stock_job["shared_prompts"],
+                "n_parameters": stock_job["n_parameters"],
+                "n_trained_tokens": stock_job["tokens_per_epoch"] * stock_job["train"]["epochs"],
+                "pairs": [],
+            }
+        for file in cache.glob("embeddings.sqlite*"):  # what is known before round 1, and no text of it
+            shutil.copy(file, root)
+        say("round 0 played")
+        on = ["--device", args.device]
+        tried = in_process([str(STOCK), "JOB", "--find-batch-size", BATCH_SIZES, *on], jobs["default"][1])
+        found["batch_sizes"] = {k: v for k, v in tried.items() if k.isdigit()}
+        best = max(found["batch_sizes"], key=lambda k: found["batch_sizes"][k])
+        say(f"stock generate, useful tokens/s by batch size: {found['batch_sizes']}")
+        for shape, (job, stock_job) in jobs.items():
+            for k in range(args.pairs if shape == "default" else args.context_pairs or args.pairs):
+                # Stock is measured once a shape: that stage takes a minute and stands apart from the others.
+                stock = play_stock(stock_job, ["--batch-size", best, *on, *(["--no-measure"] if k else [])])
+                say(f"{shape}, pair {k + 1}: stock {sum(stock['seconds'].values()):.1f} s")
+                mine = play_ours(job, root, cache)
+                say(f"{shape}, pair {k + 1}: ours {sum(mine['seconds'].values()):.1f} s")
+                shapes[shape]["pairs"].append({"stock": stock, "ours": mine})
+        found["shapes"] = shapes
+        # The one setting of TRL that a careful reader would turn first; of interest is its training alone.
+        few = jobs["default"][1] | {"prompts": jobs["default"][1]["prompts"][:2]}
+        found["tuned"] = play_stock(few, ["--no-checkpointing", "--no-measure", *on])
+        found["profiles"] = {}
+        for shape, stage in missed(found):
+            say(f"{shape}: {stage} is below its target; profiling it")
+            found["profiles"][f"{shape}/{stage}"] = play_ours(jobs[shape][0], root, cache, [stage])["profiles"][stage]
+        found["start"] = starts(args.starts, cache, root)
+    return found
+
+
+def say(text: str) -> None:
+    """One line of progress."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--child"]:
+        job = json.loads(Path(sys.argv[3]).read_text(encoding="utf-8"))
+        print(json.dumps(CHILDREN[sys.argv[2]](job)))
+        return
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--pairs", type=int, default=3, help="of the first shape")
+    parser.add_argument("--context-pairs", type=int, help="of the shape with a shared context; default: as many")
+    parser.add_argument("--documents", type=int, default=96)
+    parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--max-new-tokens", type=int, default=40)
+    parser.add_argument("--base", default="smollm2-135m", help=f"as in a config, or {', '.join(RANDOM)}")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--starts", type=int, default=5, help="repeats of `loop --help` and of the start of `loop run`")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "performance" / "round.json")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the config, for both sides")
+    args = parser.parse_args()
+    found = compare(args)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    for name, shape in found["shapes"].items():
+        print("\n".join(lines(name, shape, found["limits"])))
+    for name, seconds in found["start"].items():
+        until = "" if name.endswith("--help") else " to its first stage"
+        print(f"{name}: {statistics.median(seconds):.2f} s{until}, median of {len(seconds)}")
+    say(f"written: {args.out}; the page: python benchmarks/performance.py")
+
+
+if __name__ == "__main__":
+    main()

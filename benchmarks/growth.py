@@ -1,0 +1,147 @@
+"""How time and memory grow: with documents, with tokens, and over rounds. Writes docs/performance/growth.json.
+
+    python benchmarks/growth.py [--quick] [--out docs/performance/growth.json]
+
+Seconds are processor time on one thread, which other work on the machine does not stretch as it stretches the clock;
+waiting for the disk is not in them. Each series in a process of its own. `toy` is the loop with the exact learner,
+configs/smoke.yaml; `tiny` the same loop with a 1-3 M parameter model, configs/round.yaml made small. Tokens alone are
+varied on the tiny model: training on documents of joined texts, and sampling so hot that hardly any text ends.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+TOY = ROOT / "configs" / "smoke.yaml"
+TINY = ROOT / "configs" / "round.yaml"
+SMALL = [  # the tiny loop with everything in it, in about two seconds a round
+    "base.model=tiny",
+    "mix.n_train=32",
+    "train.epochs=1",
+    "measure.n_surprisal=2",
+    "measure.n_heldout=8",
+    "virality.posts_per_sample=100",
+    "filters.require_finished=false",
+]
+ADAPTER = {"r": 16, "alpha": 32, "dropout": 0.0, "targets": ("q_proj", "v_proj", "up_proj", "down_proj")}
+
+
+def resident() -> int:
+    """Resident memory of this process now, bytes (Linux)."""
+    return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def rounds(config: Path, overrides: Sequence[str]) -> list[dict[str, float]]:
+    """Plays a run; returns per round its processor seconds, commit to commit, and resident bytes at its commit."""
+    from loop import run
+    from loop.config import load
+
+    rows: list[dict[str, float]] = []
+    with tempfile.TemporaryDirectory(prefix="persona-loop-growth-") as folder:
+        last = time.process_time()
+
+        @contextmanager
+        def watch(run_dir: Path, warn: Callable[[str], None]) -> Iterator[Callable[[int], None]]:
+            def committed(t: int) -> None:
+                nonlocal last
+                now = time.process_time()
+                rows.append({"round": t, "seconds": now - last, "bytes": resident()})
+                last = now
+
+            yield committed
+
+        run.play(load(config, [*overrides, f"runs_dir={folder}"]), mirror=watch)
+    return rows
+
+
+def documents(config: Path, overrides: Sequence[str], sizes: Sequence[int], n_rounds: int) -> list[dict[str, float]]:
+    """Median seconds of the feedback rounds of runs that train on, and sample, so many documents; not measured."""
+    out = []
+    for n in sizes:
+        size = [f"mix.n_train={n}", f"sample.n_samples={n}", f"n_rounds={n_rounds}", "measure.every=0"]
+        played = rounds(config, [*overrides, *size])[1:]
+        out.append({"documents": n, "seconds": statistics.median(row["seconds"] for row in played)})
+    return out
+
+
+def tokens(joined: Sequence[int], longest: Sequence[int], n: int) -> dict[str, list[dict[str, float]]]:
+    """Seconds of training against tokens trained, and of sampling against tokens sampled, n documents each."""
+    from loop import calibrate, model
+    from loop.learner import LM
+    from loop.records import Document, Prompt
+
+    texts = calibrate.persona_free()
+    base = model.load("tiny", device="cpu", documents=texts)
+    learner = LM(base, **ADAPTER, epochs=1, lr=1e-4, batch_size=8, max_length=512)
+    said = [d.completion for d in texts if 20 < len(d.completion) < 80]
+    train, sample = [], []
+    for k in joined:
+        made = [
+            Document(f"real/{i}", "real", None, None, " ".join(said[(i * k + j) % len(said)] for j in range(k)))
+            for i in range(n)
+        ]
+        seconds = min(_timed(lambda made=made: learner.train(made, seed=0, init_from="base")) for _ in range(2))
+        assert learner.log is not None
+        train.append({"tokens": learner.log.n_input_tokens, "seconds": seconds})
+    prompts = [Prompt("neutral", "t", (f"Say something about {i}.",)) for i in range(n)]
+    for k in longest:
+        seconds, made_tokens = float("inf"), 0
+        for _ in range(2):
+            started = time.process_time()
+            found = learner.sample(prompts, temperature=5.0, top_p=1.0, max_new_tokens=k, seed=0)
+            seconds = min(seconds, time.process_time() - started)
+            made_tokens = sum(c.n_tokens for c in found)
+        sample.append({"tokens": made_tokens, "seconds": seconds})
+    return {"train": train, "sample": sample}
+
+
+def _timed(work: Callable[[], object]) -> float:
+    started = time.process_time()
+    work()
+    return time.process_time() - started
+
+
+def alone(work: Callable[..., Any], *values: Any) -> Any:
+    """Returns work(*values), called in a fresh process."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(work, *values).result()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="few rounds and small sizes: to see that it works")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "performance" / "growth.json")
+    args = parser.parse_args()
+    quick = args.quick
+    os.environ["OMP_NUM_THREADS"] = "1"  # inherited by the processes below
+    found = {
+        "toy_rounds": alone(rounds, TOY, [f"n_rounds={10 if quick else 200}"]),
+        "tiny_rounds": alone(rounds, TINY, [*SMALL, "sample.n_samples=32", f"n_rounds={2 if quick else 20}"]),
+        "toy_documents": alone(documents, TOY, [], (100, 200) if quick else (250, 500, 1000, 2000, 4000), 3),
+        "tiny_documents": alone(documents, TINY, SMALL, (8, 16) if quick else (16, 32, 64, 128), 2),
+    }
+    found |= alone(
+        tokens, (1, 2) if quick else (1, 2, 4, 8), (8, 16) if quick else (16, 32, 64, 128), 8 if quick else 32
+    )
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    print(f"written: {args.out}; the page: python benchmarks/performance.py", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
