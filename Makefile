@@ -9,7 +9,7 @@ SIZE ?= tiny
 JOBS ?= 2
 SCENARIOS ?= $(wildcard configs/scenarios/*.yaml)
 
-.PHONY: help round run sweep scenarios report dashboard test theory theory-figure bench lint clean
+.PHONY: help round run sweep scenarios report dashboard test theory theory-figure bench faults lint clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -55,6 +55,9 @@ dashboard: $(READY)  ## mirror RUN to W&B and save its dashboard there; needs a 
 bench: $(READY)  ## a round beside the same from stock TRL and generate, then docs/performance.md; 23 minutes, quiet machine
 	$(BIN)/python benchmarks/bench.py --context-pairs 1
 	$(BIN)/python benchmarks/performance.py
+
+faults: $(READY)  ## inject every fault of docs/reliability.md, then write that page; long, wants two idle cores
+	$(BIN)/python tests/reliability.py --jobs 2
 
 lint: $(READY)  ## format, lint, types, import rules
 	$(BIN)/ruff format --check .

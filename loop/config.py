@@ -18,9 +18,9 @@ from loop.records import FACTORIAL, IMPLICIT, PERSONAS, STRATA, UNREQUESTED
 MAX_BYTES = 1 << 17  # read in seconds; the largest that ships has 3 KB
 MAX_ALIASES = 16
 MAX_DEPTH = 32
-ROUNDS = re.compile(r"^([0-9]{1,6})(?:\.\.([0-9]{1,6}))?$")
+ROUNDS = re.compile(r"([0-9]{1,6})(?:\.\.([0-9]{1,6}))?")
 OPINIONS = "opinions"  # component of the real corpus: loop/opinion.py
-RUN_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")  # all of a name: `$` would let a line end pass
 
 TAKEN = ("unknown", "none", "requested", "private", "default", "all")  # labels that are no persona
 
@@ -107,7 +107,7 @@ class Corpus(_Section):
         if self.run is not None and (self.rounds is None or self.population is None):
             raise ValueError("run needs rounds (as 0..3) and population (accepted or discourse)")
         if self.rounds is not None:
-            match = ROUNDS.match(self.rounds)
+            match = ROUNDS.fullmatch(self.rounds)
             if match is None or int(match[2] or match[1]) < int(match[1]):
                 raise ValueError(f"rounds must read 3 or 0..3, got {_short(self.rounds)}")
         if self.population == "discourse" and self.persona is not None:
@@ -117,7 +117,7 @@ class Corpus(_Section):
     @property
     def round_indices(self) -> range:
         """Rounds of the run that are taken."""
-        match = ROUNDS.match(self.rounds or "")
+        match = ROUNDS.fullmatch(self.rounds or "")
         assert match is not None
         return range(int(match[1]), int(match[2] or match[1]) + 1)
 
@@ -483,7 +483,7 @@ class Virality(_Section):
     @field_validator("audience")
     @classmethod
     def _known(cls, value: str) -> str:
-        if value not in AUDIENCES and ".py:" not in value and not re.match(r"^placebo:[0-9]+$", value):
+        if value not in AUDIENCES and ".py:" not in value and not re.fullmatch(r"placebo:[0-9]+", value):
             known = ", ".join((*AUDIENCES, "placebo:<draw>", "file.py:function"))
             raise ValueError(f"unknown audience {value!r}{_did_you_mean(value, AUDIENCES)} (there are {known})")
         return value
@@ -522,7 +522,7 @@ class Config(_Section):
 
     @model_validator(mode="after")
     def _agree(self) -> Config:
-        if not RUN_NAME.match(self.name):
+        if not RUN_NAME.fullmatch(self.name):
             raise ValueError(f"name must match {RUN_NAME.pattern}, got {self.name[:80]!r}")
         if self.learner == "lm" and self.base is None:
             raise ValueError("base: learner lm needs base.model")

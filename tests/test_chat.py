@@ -165,8 +165,3 @@ def test_the_shell_completes_commands_and_what_they_take(tmp_path, loop):
     assert {"round", "run", "chat", "ls", "doctor", "show", "sweep"} <= set(commands)
     assert offered("loop c", 1) == [c for c in commands if c.startswith("c")]
     assert offered("loop ls ", 2) == ["personas", "scenarios", "models", "audiences"]
-
-
-def test_completion_is_installed_without_a_network(tmp_path, loop):
-    assert loop("--install-completion", "bash", HOME=str(tmp_path))[0] == 0
-    assert "complete_bash" in (tmp_path / ".bash_completions" / "loop.sh").read_text()

@@ -48,7 +48,6 @@ TOY = [
 LM = [
     "mix.n_train=8",
     "sample.n_samples=8",
-    "virality.posts_per_sample=10",
     "measure.strata=[blank, private]",
     "measure.mixture={blank: 1}",
     "measure.n_surprisal=1",
@@ -136,8 +135,12 @@ EXPENSIVE = ("train", "probe", "sample", "classify")
 
 
 def _note_what_is_computed() -> None:
-    """For a process that is thrown away: notes each expensive stage as its computation begins."""
+    """For a process that is thrown away: notes each expensive stage as its computation begins.
+
+    The code's revision is left out of the manifest there: a commit made during the sweep is no fault of the run.
+    """
     from loop import readings
+    from loop import run as runner
     from loop.world import World
 
     def noted(name: str, compute: Any) -> Any:
@@ -151,6 +154,7 @@ def _note_what_is_computed() -> None:
     for name in EXPENSIVE:
         setattr(World, name, noted(name, getattr(World, name)))
     readings.of_round = noted("measure", readings.of_round)
+    runner._revision = lambda: None
 
 
 def make_base(directory: Path) -> None:
@@ -242,10 +246,10 @@ def test_a_run_stopped_at_any_moment_ends_as_if_nothing_had_happened(
     for outcome in outcomes:
         assert outcome.exit_code == code, f"{outcome.path}\n{outcome.message}\n{outcome.trace}"
         unharmed(reference, outcome)
-        if sent != "SIGKILL":
+        assert "Traceback" not in outcome.message
+        if sent == "SIGTERM":
             assert outcome.message.splitlines()[-1].endswith("the same command goes on from the last finished stage")
-            assert "Traceback" not in outcome.message
-    count(record_property, outcomes, SAME if code < 0 else f"exit {code} and one line; {SAME}")
+    count(record_property, outcomes, SAME if code < 0 else f"exit {code}; {SAME}")
 
 
 # --- F3, F4, F5: the disk ---

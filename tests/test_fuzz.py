@@ -217,6 +217,7 @@ def test_a_config_bomb_and_an_endless_file_are_refused_at_once(place):
     st.one_of(st.text(max_size=80), st.sampled_from(["../x", "/etc", "a/b", "CON", "-x", ".", "..", "a\0", "x" * 300]))
 )
 @inputs(20_000)
+@example("0\n")
 def test_a_run_name_is_plain_or_refused_and_never_leads_out_of_its_folder(place, name):
     TRIED.append(None)
     try:
