@@ -432,6 +432,16 @@ def standard_error(low: Any, high: Any) -> Any:
     return (high - low) / (2 * Z)
 
 
+def variance_of_sum(w: Floats, p: Floats, se: Floats, n: float) -> float:
+    """Variance of sum(w * p), p shares of the same n texts: those pull against each other, cov = -p[k] * p[l] / n.
+
+    n = inf: the parts are of different texts. Special case: p[0] - p[1] of n texts has
+    (p[0] + p[1] - (p[0] - p[1])**2) / n.
+    """
+    shared = (float(w @ p) ** 2 - float((w * p) @ (w * p))) / n
+    return max(float(w**2 @ se**2) - shared, 0.0)
+
+
 def _at(table: pd.DataFrame, run: str, t: int) -> float:
     return float(table.at[run, t]) if run in table.index and t in table.columns else math.nan
 
@@ -455,14 +465,11 @@ def _contrast(name: str, pairs: Pairs, tables: _Tables, parts: Mapping[str, floa
         return Contrast(name, nothing, nothing, nothing, reason="never seen")
 
     def measured(run: str, t: int) -> tuple[float, float]:
-        """Value and variance of the weighted sum in one round; shares of the same texts pull against each other."""
+        """Value and variance of the weighted sum in one round."""
         p = np.array([_at(tables.value[m], run, t) for m in parts])
         w = np.array(list(parts.values()))
-        variance = float((w**2) @ np.array([_at(tables.se[m], run, t) for m in parts]) ** 2)
-        n = tables.outputs.get(run)
-        if n and len(w) > 1:
-            variance -= (float(w @ p) ** 2 - float((w * p) @ (w * p))) / n
-        return float(w @ p), max(variance, 0.0)
+        se = np.array([_at(tables.se[m], run, t) for m in parts])
+        return float(w @ p), variance_of_sum(w, p, se, tables.outputs.get(run) or math.inf)
 
     by_seed: dict[int, list[tuple[float, float, float, float, float]]] = {}
     for c in pairs.cells:
@@ -478,11 +485,11 @@ def _contrast(name: str, pairs: Pairs, tables: _Tables, parts: Mapping[str, floa
     if n == 0:
         nothing = _unmeasured("not measured in round 0 or in the final one")
         return Contrast(name, nothing, nothing, nothing, reason=nothing.reason)
-    contrast, p = _over_seeds(a - b)
+    contrast, p = over_seeds(a - b)
     return Contrast(
         name,
-        _over_seeds(a)[0],
-        _over_seeds(b)[0],
+        over_seeds(a)[0],
+        over_seeds(b)[0],
         contrast,
         arm_floor=_floor(rows[known, 2]),
         control_floor=_floor(rows[known, 3]),
@@ -492,7 +499,7 @@ def _contrast(name: str, pairs: Pairs, tables: _Tables, parts: Mapping[str, floa
     )
 
 
-def _over_seeds(values: Floats) -> tuple[Interval, float]:
+def over_seeds(values: Floats) -> tuple[Interval, float]:
     """Student's interval over seeds and the p-value that the mean is 0.
 
     Counted outputs come in steps, so that two or three seeds may agree to the last digit. That is no certainty: there
@@ -647,7 +654,7 @@ def differentials(runs: Runs, pairs: Pairs) -> list[Paid]:
             for c in pairs.cells:
                 by_seed.setdefault(c.seed, []).append(float(logs.get(getattr(c, side), math.nan)))
             means = np.array([np.mean(v) for v in by_seed.values()])
-            found, _ = _over_seeds(means[np.isfinite(means)])
+            found, _ = over_seeds(means[np.isfinite(means)])
             value, low, high = np.exp([found.value, found.low, found.high]).tolist()
             reason = "none was accepted" if not np.isfinite(means).any() else found.reason
             sides.append(Interval(value, low, high, found.n, math.nan, reason))
@@ -705,10 +712,8 @@ def response_to_differential(runs: Runs, pairs: Pairs, family: str) -> list[Slop
     seen = (OBSERVED, family)
     use = next((f for f in seen if mine.metrics["name"].str.startswith(f"{f}/").any()), family)
     members = _members(mine.metrics, use)
-    kept = next((c.mix.regime for c in mine.configs.values() if c.mix.regime != "replace"), None)
-    if kept is not None:
-        nothing = _unmeasured(f"mix.regime {kept}: documents of earlier rounds are in the mixture")
-        return [Slope(p, nothing, 0) for p in (*members, "all")]
+    if kept := _kept(mine):
+        return [Slope(p, _unmeasured(kept), 0) for p in (*members, "all")]
     n_outputs = outputs(mine, use)
     real = {run: _real_by_round(mine, run) for run in mine.paths}
     accepted = by_round(mine.metrics, "n_eff", population="accepted", column="n")
@@ -744,6 +749,12 @@ def response_to_differential(runs: Runs, pairs: Pairs, family: str) -> list[Slop
         rare = _unmeasured(f"fewer than {FEW} outputs in rounds with an input")
         rows.append(_slope(persona, group) if len(group) else Slope(persona, rare, 0))
     return [*rows, _slope("all", frame)]
+
+
+def _kept(runs: Runs) -> str | None:
+    """Why one round's mixture is not of the round before alone, which the models of a round here take for granted."""
+    regime = next((c.mix.regime for c in runs.configs.values() if c.mix.regime != "replace"), None)
+    return None if regime is None else f"mix.regime {regime}: documents of earlier rounds are in the mixture"
 
 
 def _real_by_round(runs: Runs, run: str) -> dict[int, tuple[float, dict[str, float]]]:
@@ -848,12 +859,26 @@ class Selection:
     reason: str | None = None
 
 
-def neutral_size(runs: Runs, neutral: Sequence[str], family: str, last_round: int) -> tuple[Interval, str]:
+def neutral_size(
+    runs: Runs,
+    neutral: Sequence[str],
+    family: str,
+    last_round: int,
+    calibrations: Mapping[str, Calibration] | None = None,
+) -> tuple[Interval, str]:
     """n_eff of selection-off runs, personas pooled, and one line that says what is used and where it comes from.
 
     With one seed it is not estimated: drift cannot be told from a pull that all seeds share. Where the scatter between
     seeds is no larger than counting, n_eff is infinite; the lower limit is used then, since calling drift zero would
-    take every movement for selection.
+    take every movement for selection. Not estimated where old documents stay in the mixture (mix.regime other than
+    replace): what drifts then is what has been said in all rounds.
+
+    Args:
+      runs: those of `neutral` among others.
+      neutral: selection-off runs of one arm; all of them count, whether or not an arm is paired with them.
+      family, last_round: see above.
+      calibrations: persona -> measured f; the personas that have one are pooled, through f and its pace, as `selection`
+        passes them. None or empty: all personas, as if each were copied exactly.
     """
     selected = [run for run in neutral if not selection_off(runs.configs[run])]
     if selected:
@@ -869,32 +894,49 @@ def neutral_size(runs: Runs, neutral: Sequence[str], family: str, last_round: in
             f"n_eff: not estimated, {len(used)} selection-off seed; drift cannot be told from a pull that seeds share"
         )
     mine = runs.pick(used)
-    share, _ = _real(mine, used[0], last_round)
+    if kept := _kept(mine):
+        return _unmeasured(kept), f"n_eff: not estimated; {kept}"
+    share, sources = _real(mine, used[0], last_round)
     if share.max(initial=0) >= 1:
         return _unmeasured("only real documents"), "n_eff: not estimated; only real documents, nothing is inherited"
-    tables = [by_round(mine.metrics, f"{family}/{p}") for p in _members(mine.metrics, family)]
-    wanted = [
-        t.reindex(index=used, columns=range(last_round + 1)).to_numpy() for t in tables
-    ]  # (n_seeds, n_rounds + 1) each
-    wanted = [v for v in wanted if np.isfinite(v).all()]
+    members = _members(mine.metrics, family)
+    known = {p: f for p, f in (calibrations or {}).items() if p in members}
+    tables = {
+        p: by_round(mine.metrics, f"{family}/{p}").reindex(index=used, columns=range(last_round + 1)).to_numpy()
+        for p in (known or members)
+    }  # (n_seeds, n_rounds + 1) each
+    whole = {p: v for p, v in tables.items() if np.isfinite(v).all()}
     n = float(np.mean(list(outputs(mine, family).values())))
-    if not wanted or not n >= 2:
+    if not whole or not n >= 2:
         slow = max(runs.configs[run].measure.every for run in used)
         reason = "frequencies are not measured in every round"
         reason += f" (measure.every: {slow}), and drift is between neighbours" if slow > 1 else ""
         return _unmeasured(reason), f"n_eff: not estimated; {reason}"
-    found = evolution.effective_size(np.stack(wanted), n, share)
+    found = evolution.effective_size(
+        np.stack(list(whole.values())),
+        n,
+        share,
+        [sources.get(p, 0.0) for p in whole],
+        response=[known[p].response if p in known else None for p in whole],
+        closed=[_pace(runs.configs[used[0]], known.get(p)) for p in whole],
+    )
     if found.reason:
         return found, f"n_eff: not estimated; {found.reason}"
+    of = f"{len(used)} selection-off seeds, " + (
+        f"through the measured response of {', '.join(whole)}" if known else "personas pooled"
+    )
     limits = f"95% {found.low:.0f} to {found.high:.0f}" if math.isfinite(found.high) else f"at least {found.low:.0f}"
     if math.isinf(found.value):
         if math.isinf(found.low):
-            return found, f"n_eff: drift is not seen at all in {len(used)} selection-off seeds; inf is used"
+            return found, f"n_eff: drift is not seen at all in {of}; inf is used"
         used_value = Interval(found.low, found.low, found.high, found.n, reason="lower limit")
-        return used_value, (
-            f"n_eff {found.low:.0f}, the lower limit: {len(used)} selection-off seeds scatter no more than counting"
-        )
-    return found, f"n_eff {found.value:.0f} ({limits}), from {len(used)} selection-off seeds, personas pooled"
+        return used_value, f"n_eff {found.low:.0f}, the lower limit: no more scatter than counting in {of}"
+    return found, f"n_eff {found.value:.0f} ({limits}), from {of}"
+
+
+def _pace(config: Config, calibration: Calibration | None) -> float:
+    """Share of the distance to f that a round closes: below 1 only where it starts from the last adapter."""
+    return calibration.pace if calibration is not None and config.train.init_from == "previous" else 1.0
 
 
 def selection_off(config: Config) -> bool:
@@ -924,17 +966,22 @@ def selection(
     family: str,
     n_eff: Interval,
     calibrations: Mapping[str, Calibration] | None = None,
+    n_eff_exact: Interval | None = None,
 ) -> list[Selection]:
     """Selection coefficient per persona of arm and control, with drift as the selection-off seeds show it.
 
+    Not estimated where old documents stay in the mixture; see `neutral_size`.
+
     Args:
       runs, pairs, family: see above.
-      n_eff: from `neutral_size`; where it is nan every row is nan with its reason.
+      n_eff: from `neutral_size`, with the same calibrations; where it is nan every row is nan with its reason.
       calibrations: persona -> measured f; its transmission is then no part of the estimate.
+      n_eff_exact: the same without calibrations, for personas without a measured f; None: n_eff.
     """
     mine = _of(runs, pairs)
+    kept = _kept(mine)
     n_outputs = outputs(mine, family)
-    real = {run: _real(mine, run, pairs.last_round) for run in mine.paths} if n_eff.value > 0 else {}
+    real = {run: _real(mine, run, pairs.last_round) for run in mine.paths}
     rows = []
     for persona in _members(mine.metrics, family):
         table = by_round(mine.metrics, f"{family}/{persona}")
@@ -942,23 +989,28 @@ def selection(
         if not (table > 0).to_numpy().any():
             continue
         f = (calibrations or {}).get(persona)
+        size = n_eff if f is not None or n_eff_exact is None else n_eff_exact
 
         def estimate(
-            run: str, table: pd.DataFrame = table, f: Calibration | None = f, persona: str = persona
-        ) -> tuple[tuple[float, float, float], float]:
+            run: str,
+            table: pd.DataFrame = table,
+            f: Calibration | None = f,
+            persona: str = persona,
+            size: Interval = size,
+        ) -> tuple[tuple[float, float, float], float, str | None]:
             v = table.loc[run].to_numpy(float)
             share, sources = real[run]
             if not np.isfinite(v).all() or len(share) != pairs.last_round or share.max(initial=0) >= 1:
-                return (math.nan, math.nan, math.nan), math.nan
+                return (math.nan, math.nan, math.nan), math.nan, "not measured in every round, or nothing is inherited"
             p_real = sources.get(persona, 0.0)
-            slow = f.pace if f is not None and mine.configs[run].train.init_from == "previous" else 1.0
             got = evolution.selection_coefficient(
-                v, n_outputs[run], n_eff.value, share, p_real, response=f.response if f else None, closed=slow
-            )
-            return got, evolution.frequency_increment_test(v, share, p_real)[1]
+                v, n_outputs[run], size.value, share, p_real,
+                response=f.response if f else None, closed=_pace(mine.configs[run], f),
+            )  # fmt: skip
+            return got, evolution.frequency_increment_test(v, share, p_real).p_value, got.reason
 
-        if not n_eff.value > 0:
-            reason = f"n_eff: {n_eff.reason or 'not estimated'}"
+        if kept is not None or not size.value > 0:
+            reason = kept or f"n_eff: {size.reason or 'not estimated'}"
             nothing = _unmeasured(reason)
             rows.append(Selection(persona, nothing, nothing, nothing, nothing, (), reason))
             continue
@@ -971,18 +1023,18 @@ def selection(
         both = values[np.isfinite(values).all(axis=1)]
         unbounded = len(values) - len(both)
         why = f"not bounded, or not seen, in {unbounded} of {len(values)} seeds" if unbounded else None
-        one = found[pairs.cells[0].arm][0]
+        one, _, nothing_in = found[pairs.cells[0].arm]
         within = (
-            Interval(*one, 1, math.nan, None if math.isfinite(one[0]) else "never seen, or lost")
+            Interval(*one, 1, math.nan, nothing_in or (None if math.isfinite(one[0]) else "lost, or it took over"))
             if len(pairs.cells) == 1
             else _unmeasured("several runs: the interval is over seeds", len(values))
         )
         rows.append(
             Selection(
                 persona,
-                _over_seeds(a)[0],
-                _over_seeds(b)[0],
-                _over_seeds(both[:, 0] - both[:, 1])[0],
+                over_seeds(a)[0],
+                over_seeds(b)[0],
+                over_seeds(both[:, 0] - both[:, 1])[0],
                 within,
                 tuple(found[c.arm][1] for c in pairs.cells),
                 why,
@@ -1045,14 +1097,14 @@ def health(runs: Runs, pairs: Pairs, against: Runs | None) -> list[Health]:
             at = pairs.last_round
             values.setdefault(c.seed, []).append((_at(table, c.arm, at), _at(other, control, at)))
         means = np.array([np.mean(v, axis=0) for v in values.values()])  # (n_seeds, 2)
-        value, _ = _over_seeds(means[np.isfinite(means[:, 0]), 0])
+        value, _ = over_seeds(means[np.isfinite(means[:, 0]), 0])
         both = means[np.isfinite(means).all(axis=1)]
         if against is None:
             difference, p = _unmeasured("no real_only control"), math.nan
         elif len(both) == 0:
             difference, p = _unmeasured(f"no real_only run of these seeds has round {pairs.last_round}"), math.nan
         else:
-            difference, p = _over_seeds(both[:, 0] - both[:, 1])
+            difference, p = over_seeds(both[:, 0] - both[:, 1])
         found.append(Health(name, value, difference, p))
     return found
 
@@ -1182,7 +1234,7 @@ def early_warning(runs: Runs, pairs: Sequence[Pairs], family: str, *, round_inde
         round_index,
         last,
         found,
-        _over_seeds(np.array([np.mean(g) for g in gains.values()]))[0],
+        over_seeds(np.array([np.mean(g) for g in gains.values()]))[0],
         [Indicator(THRESHOLDS[name], rate(hits[name]), rate(false[name])) for name in kept],
     )
 
@@ -1250,15 +1302,21 @@ def compare(
     wants = "frequency" in metrics
     if wants:
         _ = runs.sources  # read once here, and not again for every arm's part of the runs
+    measured_to = _last_measured(runs)
     out = []
     for pairs in pair(runs, controls, last_round=last_round):
-        neutral = list(dict.fromkeys(c.control for c in pairs.cells))
+        # Every seed of the control that has the round: drift is theirs, whether or not an arm is paired with them.
+        neutral = [run for run in controls if measured_to.get(run, -1) >= pairs.last_round]
         first = pairs.cells[0].arm
         found, transmission = ({}, "assumed exact") if calibrated is None else calibrated(
             runs.configs[first], runs.paths[first]
         )  # fmt: skip
         personas, factors, never = persona_contrasts(runs, pairs, family) if wants else ([], [], [])
-        n_eff, n_eff_note = neutral_size(runs, neutral, family, pairs.last_round)
+        n_eff, n_eff_note = neutral_size(runs, neutral, family, pairs.last_round, found)
+        exact = n_eff
+        if wants and found and set(_members(runs.metrics, family)) - set(found):
+            exact, line = neutral_size(runs, neutral, family, pairs.last_round)
+            n_eff_note += "" if line == n_eff_note else f"; for the others {line}"
         out.append(
             Comparison(
                 pairs,
@@ -1273,7 +1331,7 @@ def compare(
                 n_eff,
                 n_eff_note,
                 transmission,
-                selection(runs, pairs, family, n_eff, found) if wants else [],
+                selection(runs, pairs, family, n_eff, found, exact) if wants else [],
                 health(runs, pairs, against),
             )
         )
@@ -1386,6 +1444,6 @@ def factorial(
     rows = []
     for name, signs in contrasts.items():
         values = 2 * (y * signs).mean(axis=1)  # (n_seeds,)
-        interval, p = _over_seeds(values)
+        interval, p = over_seeds(values)
         rows.append(Effect(name, interval, tuple(values.tolist()), p))
     return [replace(r, p_holm=float(p)) for r, p in zip(rows, stats.holm([r.p for r in rows]), strict=True)]

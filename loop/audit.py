@@ -203,12 +203,12 @@ def estimate(
 
     Post-stratified by instrument label: frequency = sum over labels l of q[l] * theta[l, persona], with q the weighted
     share of the round's texts that the instrument called l and theta the audited share of the persona among them, each
-    audited text counting weight / inclusion. The noise of q is that of as many independent texts as give the clustered
-    variance of the observed frequencies. Known flaw: audited texts of one prompt template count as independent of each
-    other; they are few per template.
+    audited text counting weight / inclusion. Texts of one prompt template resemble each other: both counts are divided
+    by `stats.audit_design_effect`, so that the interval is of the model and not of these templates.
 
     PPI++ is fed the instrument's probabilities and, for every audited text, its label times its share of the headline
-    over its chance of being drawn. It ignores the stratification, so its interval is usually the wider.
+    over its chance of being drawn. It ignores the stratification, which widens its interval, and the templates, which
+    narrow it.
 
     Args:
       texts: all texts of the rounds, from `texts_of`.
@@ -237,13 +237,24 @@ def estimate(
         said = np.array([SAID.index(t.label) for t in here])
         shares = np.bincount(said, weights=weight, minlength=len(SAID)) / weight.sum()
         pull = np.array([t.weight / chance[t.id] for t in seen])  # what an audited text stands for
+        truth = [SAID.index(labels[t.id]) for t in seen]
         audited = stats.post_stratified_audit(
-            shares * _n_effective(observed, weight),
+            shares * float(weight.sum() ** 2 / (weight @ weight)),  # Kish's number of texts
             [SAID.index(t.label) for t in seen],
-            [SAID.index(labels[t.id]) for t in seen],
+            truth,
             n_personas=len(SAID),
             rng=rng,
             inclusion=pull.min() / pull if len(pull) else None,
+            design_effect=stats.audit_design_effect(
+                said,
+                [t.template_id for t in here],
+                [i for i, t in enumerate(here) if t.id in labels],
+                truth,
+                n_labels=len(SAID),
+                n_personas=len(SAID),
+                weights=weight,
+                strata=None if population == "samples" else [t.stratum for t in here],  # users choose what they ask
+            ),
             level=level,
         )
         missing = [label for k, label in enumerate(SAID) if shares[k] > 0 and not any(t.label == label for t in seen)]
@@ -277,15 +288,6 @@ def _observed(texts: Sequence[Text], persona: str, population: str, level: float
     for t in texts:
         mixture[t.stratum] = mixture.get(t.stratum, 0.0) + t.weight
     return stats.mixture_share(hits, clusters, [t.stratum for t in texts], mixture, level)
-
-
-def _n_effective(observed: Sequence[stats.Interval], weight: np.ndarray) -> float:
-    """Independent texts whose label shares would vary as much: sum p (1 - p) / sum se**2, at most Kish's number."""
-    kish = float(weight.sum() ** 2 / (weight @ weight))
-    inside = [i for i in observed if 0 < i.value < 1]
-    if not inside:
-        return kish
-    return min(kish, sum(i.value * (1 - i.value) for i in inside) / sum(i.se**2 for i in inside))
 
 
 def _ppi(

@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -207,14 +208,17 @@ def _read(source: str, *, dtype: torch.dtype, trust_remote_code: bool) -> tuple[
 
 @contextmanager
 def _no_bars() -> Iterator[None]:
-    """Keeps transformers' and gguf's progress bars off a terminal that shows the round's own progress."""
+    """Keeps transformers' progress bars, that of its GGUF reader too, off a terminal that shows the round's own."""
+    from transformers import modeling_gguf_pytorch_utils as reader
     from transformers.utils import logging
 
-    shown = logging.is_progress_bar_enabled()
+    shown, bar = logging.is_progress_bar_enabled(), reader.tqdm
     logging.disable_progress_bar()
+    reader.tqdm = partial(bar, disable=True)  # asks tqdm itself, whatever transformers was told
     try:
         yield
     finally:
+        reader.tqdm = bar
         if shown:
             logging.enable_progress_bar()
 

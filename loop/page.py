@@ -79,7 +79,8 @@ class Twin:
     Attributes:
       given, predicted: of the arm's first run, started at the mean measured round 0 of its runs.
       measured: frequencies of given.personas, shape (n_runs, n_rounds + 1, n_personas).
-      drift: the same without selection and through an exact learner, from corrected frequencies where there are any.
+      drift: the same without selection, through the measured response where there is one, from corrected frequencies
+        where there are any.
     """
 
     given: forecast.Inputs
@@ -283,7 +284,6 @@ def _twin(m: Material, arm: str) -> Twin | str:
             p0=_start(_first_round(m, runs, given.personas, seen[:, 0].mean(axis=0)), floor),
             selection=np.zeros_like(given.selection),
             n_outputs=max(1.0, analysis.outputs(m.runs.pick(runs), m.family)[runs[0]]),
-            response=None,
         )
         return Twin(given, predicted, seen, forecast.predict(settings, calm, level=0.95))
     except ValueError as error:  # theory refuses what it does not cover, in words of its own
@@ -355,6 +355,8 @@ def trajectories(m: Material) -> Found:
         why = m.no_off or "it needs two of them, there is 1; play the control with another seed"
         notes.append(f"Missing: the band of selection-off seeds; {why}")
     notes += [f"Missing: drift of {arm}: {why}" for arm, why in m.twins.items() if isinstance(why, str)]
+    taken = {twin.given.source["transmission"] for twin in m.twins.values() if isinstance(twin, Twin)}
+    notes += [f"Drift, dotted: transmission {line}." for line in sorted(taken)]
     alt = f"Frequency of {', '.join(personas)} by round, one row per arm: {', '.join(rows)}."
     figure = report.small_multiples(rows, xlabel="round", ylabel="share of unrequested outputs")
     return Found([Plate("trajectories", alt, figure)], notes=notes)

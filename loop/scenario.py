@@ -34,6 +34,8 @@ HEALTH = (
     ("sample_entropy", "probes"),
     ("distinct_4", "probes"),
     ("finished_rate", "probes"),
+    ("self_similarity", "probes"),
+    ("kl_to_base", "probes"),
     ("heldout_loss", "heldout"),
 )
 NOTHING = "-"  # in a table of the page: not measured, or not applicable
@@ -271,6 +273,7 @@ class Finding:
     Attributes:
       outcome: what was asked.
       effect: in the unit of the metric (log odds for a factor), 95% over seeds.
+      floor: mean |effect| that measuring the same models twice would show; nan where a number has no interval.
       verdict: one of the words above; "" for an exploratory outcome.
       note: why, in a few words; may be empty.
       under: audience -> the same contrast under it, where the claim must hold there too.
@@ -279,6 +282,7 @@ class Finding:
 
     outcome: Outcome
     effect: Interval
+    floor: float
     verdict: str
     note: str
     under: dict[str, Interval]
@@ -322,11 +326,9 @@ def judge(about: Mapping[str, Any], rows: pd.DataFrame) -> Finding | None:
     outcome = Outcome.model_validate(about["primary"])
     effect, p, last = observe(about, rows, outcome)
     word, note = verdict(effect, outcome, equivalence=p)
-    under: dict[str, Interval] = {}
-    _, control = outcome.sides
-    for audience, arm in (about["twins"] or {}).items():
-        contrast = arm if control is None else f"{arm} - {control}"
-        under[audience] = observe(about, rows, outcome.model_copy(update={"contrast": contrast}))[0]
+    under = {
+        audience: observe(about, rows, _instead(outcome, arm))[0] for audience, arm in (about["twins"] or {}).items()
+    }
     if word == SUPPORTED and under and not all(i.value * effect.value > 0 for i in under.values()):
         word, note = (
             REQUEST_ALONE,
@@ -334,7 +336,13 @@ def judge(about: Mapping[str, Any], rows: pd.DataFrame) -> Finding | None:
         )
     if about["learner"] in SMALL and about["name"] not in MECHANICS:
         word, note = MECHANICS_ONLY, f"{about['learner']} cannot support it; by its numbers {word}"
-    return Finding(outcome, effect, word, note, under, last)
+    return Finding(outcome, effect, noise_floor(about, rows, outcome), word, note, under, last)
+
+
+def _instead(outcome: Outcome, arm: str) -> Outcome:
+    """The same outcome with another arm on its left side."""
+    control = outcome.sides[1]
+    return outcome.model_copy(update={"contrast": arm if control is None else f"{arm} - {control}"})
 
 
 def explore(about: Mapping[str, Any], rows: pd.DataFrame) -> list[Finding]:
@@ -344,7 +352,8 @@ def explore(about: Mapping[str, Any], rows: pd.DataFrame) -> list[Finding]:
         outcome = Outcome.model_validate(plain)
         effect, p, last = observe(about, rows, outcome)
         word, note = verdict(effect, outcome, equivalence=p)
-        found.append(Finding(outcome, effect, "", note if word == CONTRADICTED else "", {}, last))
+        note = note if word == CONTRADICTED else ""
+        found.append(Finding(outcome, effect, noise_floor(about, rows, outcome), "", note, {}, last))
     return found
 
 
@@ -360,11 +369,9 @@ def observe(about: Mapping[str, Any], rows: pd.DataFrame, outcome: Outcome) -> t
         values = [ours[s] - theirs[s] for s in sorted(ours) if s in theirs]
     last = _last(rows, outcome)
     v = np.array(values, dtype=float)
-    if len(v) > 1 and np.ptp(v) <= 1e-9:  # no scatter to build an interval from; see analysis
-        none = Interval(float(v.mean()), math.nan, math.nan, len(v), math.nan, "all seeds agree exactly")
-        return none, math.nan, last
-    p = stats.equivalence_over_seeds(v, outcome.margin) if outcome.margin > 0 and len(v) > 1 else math.nan
-    return stats.t_over_seeds(v), p, last
+    effect, _ = analysis.over_seeds(v)
+    tested = outcome.margin > 0 and math.isfinite(effect.low)
+    return effect, stats.equivalence_over_seeds(v, outcome.margin) if tested else math.nan, last
 
 
 def change(rows: pd.DataFrame, outcome: Outcome, arm: str) -> tuple[dict[int, float], int | None]:
@@ -373,7 +380,43 @@ def change(rows: pd.DataFrame, outcome: Outcome, arm: str) -> tuple[dict[int, fl
     if last is None or last == 0:
         return {}, last
     level = _levels(rows, outcome, arm, (0, last))
-    return {s: v[last] - v[0] for s, v in level.items() if len(v) == 2}, last
+    return {s: v[last][0] - v[0][0] for s, v in level.items() if len(v) == 2}, last
+
+
+def noise_floor(about: Mapping[str, Any], rows: pd.DataFrame, outcome: Outcome) -> float:
+    """Mean |effect| over the seeds of `observe` if every model were measured twice; an effect no larger is counting.
+
+    From the limits in the table; arms that share their round 0 share one measurement of it, which cancels. Of a factor:
+    half an output's smoothing apart, a logit has the variance of the share over (p * (1 - p))**2.
+
+    Returns:
+      In the unit of the effect; nan without a seed, and where a number has no interval (distinct_4).
+    """
+    last = _last(rows, outcome)
+    if last is None or last == 0:
+        return math.nan
+    if outcome.contrast in _factors(about):
+        cells = [_levels(rows, outcome, arm, (last,)) for arm in about["levels"]]
+        seeds = sorted(set.intersection(*(set(c) for c in cells)))
+        each = [[_logit_variance(*c[s][last], _outputs(rows, outcome, last)) for c in cells] for s in seeds]
+        variances = [4 * math.fsum(v) / len(v) ** 2 for v in each]
+    else:
+        sides = [_levels(rows, outcome, side, (0, last)) for side in outcome.sides if side]
+        seeds = [s for s in sorted(sides[0]) if all(len(side.get(s, ())) == 2 for side in sides)]
+        variances = []
+        for s in seeds:
+            starts = [side[s][0] for side in sides]
+            shared = len(starts) == 2 and starts[0][0] == starts[1][0]
+            ends = math.fsum(side[s][last][1] for side in sides)
+            variances.append(ends + (0.0 if shared else math.fsum(v for _, v in starts)))
+    if not variances:
+        return math.nan
+    return stats.remeasurement_noise_floor(math.sqrt(math.fsum(variances)) / len(variances), 0.0)
+
+
+def _logit_variance(share: float, variance: float, n_outputs: float) -> float:
+    v = (share * n_outputs + 0.5) / (n_outputs + 1)
+    return variance / (v * (1 - v)) ** 2
 
 
 def _last(rows: pd.DataFrame, outcome: Outcome) -> int | None:
@@ -381,8 +424,10 @@ def _last(rows: pd.DataFrame, outcome: Outcome) -> int | None:
     return int(at["round"].max()) if len(at) else None
 
 
-def _levels(rows: pd.DataFrame, outcome: Outcome, arm: str, rounds: Sequence[int]) -> dict[int, dict[int, float]]:
-    """Seed -> round -> weighted sum of the metrics, where all of them are measured."""
+def _levels(
+    rows: pd.DataFrame, outcome: Outcome, arm: str, rounds: Sequence[int]
+) -> dict[int, dict[int, tuple[float, float]]]:
+    """Seed -> round -> weighted sum of the metrics, where all of them are measured, and its variance of measurement."""
     at = rows[
         (rows["arm"] == arm)
         & (rows["population"] == outcome.population)
@@ -390,12 +435,17 @@ def _levels(rows: pd.DataFrame, outcome: Outcome, arm: str, rounds: Sequence[int
         & rows["metric"].isin(outcome.parts)
         & rows["round"].isin(rounds)
     ]
-    found: dict[int, dict[int, float]] = {}
+    w = np.array(list(outcome.parts.values()))
+    # Shares of personas are of the same texts; other sums are not known to be.
+    together = all(name.startswith("frequency") for name in outcome.parts)
+    found: dict[int, dict[int, tuple[float, float]]] = {}
     for (seed, t), group in at.groupby(["seed", "round"]):
-        value = dict(zip(group["metric"], group["value"], strict=True))
-        total = sum(c * value.get(name, math.nan) for name, c in outcome.parts.items())
+        one = group.set_index("metric").reindex(list(outcome.parts))
+        p, se = one["value"].to_numpy(float), analysis.standard_error(one["low"], one["high"]).to_numpy(float)
+        total = float(w @ p)
         if math.isfinite(total):
-            found.setdefault(int(seed), {})[int(t)] = total
+            n = float(p @ (1 - p)) / float(se @ se) if together and p.any() and se.all() else math.inf
+            found.setdefault(int(seed), {})[int(t)] = (total, analysis.variance_of_sum(w, p, se, n))
     return found
 
 
@@ -417,9 +467,12 @@ def factorial(about: Mapping[str, Any], rows: pd.DataFrame, outcome: Outcome) ->
     cells: dict[tuple[int, ...], dict[int, float]] = {}
     for arm, level in about["levels"].items():
         found = {} if last is None else _levels(rows, outcome, arm, (last,))
-        cells[tuple(level[f] for f in names)] = {seed: v[last] for seed, v in found.items() if last is not None}
-    n = rows.loc[rows["metric"].isin(outcome.parts) & (rows["round"] == last), "n"].median()
-    return analysis.factorial(names, cells, n_outputs=float(n))
+        cells[tuple(level[f] for f in names)] = {seed: v[last][0] for seed, v in found.items() if last is not None}
+    return analysis.factorial(names, cells, n_outputs=_outputs(rows, outcome, last))
+
+
+def _outputs(rows: pd.DataFrame, outcome: Outcome, last: int | None) -> float:
+    return float(rows.loc[rows["metric"].isin(outcome.parts) & (rows["round"] == last), "n"].median())
 
 
 # The page -----------------------------------------------------------------------------------------------------------
@@ -435,10 +488,11 @@ def summary(sweep: Sweep) -> list[str]:
     lines = []
     found = judge(about, rows)
     if found is not None:
-        lines.append(f"{_title(about)}: {_asked(found.outcome)}: {_observed(found)} over {found.effect.n} seeds; "
-                     f"verdict: {found.verdict}{_why(found)}")  # fmt: skip
+        lines.append(f"{_title(about)}: {_asked(found.outcome)}: {_observed(found)} over {found.effect.n} seeds, noise "
+                     f"floor {_floor(found.floor)}; verdict: {found.verdict}{_why(found)}")  # fmt: skip
     for other in explore(about, rows):
-        lines.append(f"  exploratory: {_asked(other.outcome)}: {_observed(other)}{_why(other)}")
+        lines.append(f"  exploratory: {_asked(other.outcome)}: {_observed(other)}, noise floor {_floor(other.floor)}"
+                     f"{_why(other)}")  # fmt: skip
     return lines
 
 
@@ -454,13 +508,14 @@ def page(folder: Path) -> str:
         "Written by `loop findings` from the tables in `docs/findings/` alone (`make scenarios` plays the runs behind",
         "them). The verdict on a scenario follows from its one primary outcome; everything else is exploratory.",
         "Intervals are 95%, Student over seeds, arms paired by seed. `tiny` and `toy` can support mechanics only.",
+        "Floor: the mean |effect| that measuring the same models twice would show; an effect no larger tells nothing.",
         "",
     ]
     if not found:
         return "\n".join([*lines, "No scenario is played yet.", ""])
     lines += [
-        "| scenario | learner | seeds | expected | observed | detectable | verdict |",
-        "|---|---|---|---|---|---|---|",
+        "| scenario | learner | seeds | expected | observed | floor | detectable | verdict |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for about, _, main in found:
         power = about["power"]
@@ -470,6 +525,7 @@ def page(folder: Path) -> str:
             str(len(about["seeds"]) if main is None else main.effect.n),
             _cell(about["expected"]),
             NOTHING if main is None else _observed(main),
+            NOTHING if main is None else _floor(main.floor),
             NOTHING if not power or power["detectable"] is None else f"{power['detectable']:.3f}",
             f"**{DEMONSTRATION if main is None else main.verdict}**",
         ]
@@ -499,19 +555,25 @@ def _section(about: Mapping[str, Any], rows: pd.DataFrame, main: Finding | None)
         lines.append(f"- Verdict: **{DEMONSTRATION}**; the file names no primary outcome")
     else:
         final = "" if main.last_round is None else f", round {main.last_round} against round 0"
-        lines.append(f"- Primary: {_asked(main.outcome)}{final}: {_observed(main)} over {main.effect.n} paired seeds")
+        lines.append(f"- Primary: {_asked(main.outcome)}{final}: {_observed(main)} over {main.effect.n} paired "
+                     f"seeds, noise floor {_floor(main.floor)}")  # fmt: skip
         for audience, interval in main.under.items():
-            lines.append(f"- The same under {audience}: {_interval(interval)}")
+            floor = noise_floor(about, rows, _instead(main.outcome, about["twins"][audience]))
+            lines.append(f"- The same under {audience}: {_interval(interval)}, noise floor {_floor(floor)}")
         lines.append(f"- Verdict: **{main.verdict}**{_why(main)}")
         if about["controls"]:
-            lines += ["", f"| control | change of {_metric(main.outcome)} |", "|---|---|"]
+            lines += ["", f"| control | change of {_metric(main.outcome)} | floor |", "|---|---|---|"]
             for arm in about["controls"]:
                 alone = main.outcome.model_copy(update={"contrast": arm})
-                lines.append(f"| {arm} | {_interval(observe(about, rows, alone)[0])} |")
+                shown = _interval(observe(about, rows, alone)[0])
+                lines.append(f"| {arm} | {shown} | {_floor(noise_floor(about, rows, alone))} |")
     rest = explore(about, rows)
     if rest:
-        lines += ["", "| exploratory | expected | observed | |", "|---|---|---|---|"]
-        lines += [f"| {_asked(f.outcome)} | {_direction(f.outcome)} | {_observed(f)} | {f.note} |" for f in rest]
+        lines += ["", "| exploratory | expected | observed | floor | |", "|---|---|---|---|---|"]
+        lines += [
+            f"| {_asked(f.outcome)} | {_direction(f.outcome)} | {_observed(f)} | {_floor(f.floor)} | {f.note} |"
+            for f in rest
+        ]
     if about["levels"] and main is not None:
         lines += ["", "| effect, log odds | observed | p (Holm) |", "|---|---|---|"]
         for e in factorial(about, rows, main.outcome):
@@ -521,31 +583,59 @@ def _section(about: Mapping[str, Any], rows: pd.DataFrame, main: Finding | None)
 
 
 def _beside(about: Mapping[str, Any], rows: pd.DataFrame) -> list[str]:
-    """What was paid (an input) and health, by arm: means over seeds of the final round; empty for a factorial."""
+    """What was paid (an input) and health, by arm; empty for a factorial."""
     if about["levels"]:
         return []
-    names = [n for n in rows["metric"].unique() if n.startswith("differential/")]
-    health = [n for n, _ in HEALTH if n in set(rows["metric"])]
-    if not names and not health:
+    return _paid(about, rows) + _health(about, rows)
+
+
+def _paid(about: Mapping[str, Any], rows: pd.DataFrame) -> list[str]:
+    names = sorted(n for n in rows["metric"].unique() if n.startswith("differential/"))
+    if not names:
         return []
-    shown = [*sorted(names), *health]
-    lines = ["", "| arm, means over seeds | " + " | ".join(shown) + " |", "|---|" + "---|" * len(shown)]
-    last = int(rows["round"].max())
+    lines = ["", "| arm, means over seeds | " + " | ".join(names) + " |", "|---|" + "---|" * len(names)]
+    before = rows[rows["round"] < int(rows["round"].max())]  # what was paid before the final round could move it
     for arm in about["arms"]:
-        mine = rows[rows["arm"] == arm]
+        means = [before.loc[(before["arm"] == arm) & (before["metric"] == name), "value"].mean() for name in names]
+        lines.append(f"| {arm} | " + " | ".join(NOTHING if math.isnan(m) else f"{m:.3f}" for m in means) + " |")
+    return [*lines, "", "The differential is an input (what the audience paid, mean 1, rounds before the final)."]
+
+
+def _health(about: Mapping[str, Any], rows: pd.DataFrame) -> list[str]:
+    """Health of the final round by arm: its difference to the control, paired by seed, and in brackets the mean."""
+    at = rows[(rows["round"] == int(rows["round"].max())) & rows["value"].notna() & (rows["stratum"] == "")]
+    at = at[[key in HEALTH for key in zip(at["metric"], at["population"], strict=True)]]
+    names = [n for n, _ in HEALTH if n in set(at["metric"])]
+    if not names:
+        return []
+    control, why = _health_control(about)
+    lines = ["", f"| health, {why} | " + " | ".join(names) + " |", "|---|" + "---|" * len(names)]
+    for arm in about["arms"]:
         cells = []
-        for name in shown:
-            at = mine[mine["metric"] == name]
-            # What was paid in rounds before the final one is what could move it.
-            v = at.loc[at["round"] < last if name in names else at["round"] == last, "value"].dropna()
-            cells.append(NOTHING if v.empty else f"{v.mean():.3f}")
+        for name in names:
+            v, base = (
+                at[(at["arm"] == who) & (at["metric"] == name)].set_index("seed")["value"] for who in (arm, control)
+            )
+            if v.empty:
+                cells.append(NOTHING)
+            elif arm == control or control is None:
+                cells.append(f"{v.mean():.3f}")
+            else:
+                difference = (v - base).dropna().sort_index()
+                cells.append(f"{_interval(analysis.over_seeds(difference.to_numpy(float))[0])} ({v.mean():.3f})")
         lines.append(f"| {arm} | " + " | ".join(cells) + " |")
-    if names:
-        lines += [
-            "",
-            "The differential is an input (what the audience paid, mean 1, rounds before the final), no result.",
-        ]
     return lines
+
+
+def _health_control(about: Mapping[str, Any]) -> tuple[str | None, str]:
+    """The arm that health is read against, and in words: real_only, else the first control the scenario has."""
+    primary = None if about["primary"] is None else Outcome.model_validate(about["primary"]).sides[1]
+    if "real_only" in about["arms"]:
+        return "real_only", "difference to real_only (mean)"
+    control = next(iter(about["controls"]), primary)
+    if control is None:
+        return None, "means; there is no control here"
+    return control, f"difference to {control} (mean); there is no real_only here"
 
 
 def _title(about: Mapping[str, Any]) -> str:
@@ -581,6 +671,10 @@ def _direction(outcome: Outcome) -> str:
 
 def _observed(found: Finding) -> str:
     return _interval(found.effect)
+
+
+def _floor(floor: float) -> str:
+    return NOTHING if math.isnan(floor) else f"{floor:.3f}"
 
 
 def _interval(i: Interval) -> str:

@@ -126,6 +126,9 @@ class Clock:
         return f"about {s:.0f} s left" if s < 100 else f"about {s / 60:.0f} min left"
 
 
+HEALTH_ALONE = "Health is of this run alone; loop compare --against REAL_ONLY gives its difference to real data."
+
+
 def _round_name(round_index: int) -> str:
     return "baseline" if round_index < 0 else f"round {round_index}"
 
@@ -176,7 +179,7 @@ def print_round(run_dir: Path) -> None:
     console.print(
         "The differential is an input (what the audience paid this persona's texts, mean 1), not a result. "
         "Frequencies are of one seed; the interval covers prompts, not seeds. Noise floor: mean |change| if the same "
-        "model were measured twice.",
+        f"model were measured twice. {HEALTH_ALONE}",
         style="dim",
         highlight=False,
     )
@@ -268,6 +271,7 @@ def print_run(run_dir: Path, *, round_index: int | None = None, texts: int = 0) 
             shown = _number(row.value) if row.value is not None else f"not measured: {row.reason}"
             table.add_row(row.population, row.stratum or "", row.name, shown, _interval(row), str(row.n), row.unit)
         console.print(table)
+        print(HEALTH_ALONE)
     at = rounds[-1] if round_index is None else round_index
     for sample, persona, weight in list(_texts(run_dir, at))[:texts]:
         head = f"{sample['id']} {sample['stratum']} read as {persona}" + (f" weight {weight:.2f}" if weight else "")
@@ -331,6 +335,7 @@ def print_story(run_dir: Path, personas: Sequence[str]) -> None:
     print(
         "paid: differential, mean weight of the persona's accepted texts over the mean weight; an input, not a result"
     )
+    print(HEALTH_ALONE)
 
 
 def _marked(row: Metric | None, which: str) -> str:
@@ -460,6 +465,8 @@ def print_preview(rows: Sequence[dict[str, Any]], *, n: int) -> None:
 
 def print_confusions(held: Sequence[Held]) -> None:
     """Prints each instrument's confusion matrix on held-out templates, and what it makes of real human chat."""
+    from loop.stats import jeffreys
+
     for one in held:
         matrix = one.confusion
         rows = [
@@ -473,7 +480,11 @@ def print_confusions(held: Sequence[Held]) -> None:
         )
         for persona, rate in sorted(one.false_positives.items(), key=lambda item: -item[1]):
             if rate:
-                print(f"  {rate:.4f} of {one.n_human} real human texts read as {persona}")
+                rare = jeffreys(round(rate * one.n_human), one.n_human)
+                limits = f"[{rare.low:.4f}, {rare.high:.4f}]"
+                print(f"  {rate:.4f} {limits} of {one.n_human} real human texts read as {persona}")
+        if one.n_human:
+            print(f"  0 of {one.n_human}, at most {jeffreys(0, one.n_human).high:.4f}, as any persona not named here")
         if not math.isnan(one.neutral):
             print(f"  {one.neutral:.4f} of held-out neutral notes read as conscious")
 
@@ -632,11 +643,15 @@ def print_coverage(rows: Sequence[Coverage], *, n_truths: int, seconds: float) -
         cells,
     )
     audited = [r for r in rows if r.estimator == "audited"]
-    pooled = [r.coverage for r in audited if r.band == "all"]
+    pooled = {r.condition: r.coverage for r in audited if r.band == "all"}
     worst = min(r.coverage for r in audited)
-    holds = all(0.94 <= c <= 0.96 for c in pooled) and worst >= 0.92
+    # The prior is tuned to four personas; with the instruments' eleven, and with templates, the interval may be wide.
+    tuned = [c for condition, c in pooled.items() if condition in ("label_shift", "confusion_drift")]
+    other = {k.replace("_", " "): c for k, c in pooled.items() if k not in ("label_shift", "confusion_drift")}
+    holds = all(0.94 <= c <= 0.96 for c in tuned) and all(c >= 0.94 for c in other.values()) and worst >= 0.92
     print(
-        f"audited: pooled {min(pooled):.3f} to {max(pooled):.3f} (must lie in 0.94 to 0.96), worst cell {worst:.3f} "
+        f"audited: pooled {min(tuned):.3f} to {max(tuned):.3f} under shift and drift (must lie in 0.94 to 0.96), "
+        f"{', '.join(f'{name} {c:.3f}' for name, c in other.items())} (must be >= 0.94), worst cell {worst:.3f} "
         f"(must be >= 0.92): {'holds' if holds else 'FAILS'}; {seconds:.0f} s"
     )
     return holds
@@ -909,15 +924,21 @@ def print_neutrality() -> bool:
 
     rows = [
         [
-            r.what, r.test, f"{r.row.real_share:g}", f"{r.row.p_real:g}", f"{r.row.s:g}", str(r.n_eff), str(r.n_rounds),
-            _ci(r.row.rejected), r.must, "holds" if r.holds else "FAILS",
+            r.what, r.test, f"{r.row.p_start:g}", f"{r.row.real_share:g}", f"{r.row.p_real:g}", f"{r.row.s:g}",
+            str(r.n_eff), str(r.n_rounds), _ci(r.row.rejected), r.must,
+            "" if not r.must else "holds" if r.holds else "FAILS",
         ]
         for r in evolution.neutrality_check()
     ]  # fmt: skip
-    header = ["figure", "test", "real share", "p_real", "s", "N_e", "rounds", "rejects at 5%", "must be", ""]
+    header = ["figure", "test", "p", "real share", "p_real", "s", "N_e", "rounds", "rejects at 5%", "must be", ""]
     print_table("tests of neutrality on simulated Wright-Fisher runs with mixing, 1,000 outputs a round", header, rows)
     wrong = sum(r[-1] == "FAILS" for r in rows)
-    print(f"{len(rows) - wrong} of {len(rows)} figures hold")
+    judged = sum(r[-1] != "" for r in rows)
+    print(f"{judged - wrong} of {judged} figures hold")
+    print(
+        "Power is judged at a start of 0.3 and real shares up to 0.2. Rows without a requirement show where it ends: "
+        "it is below 0.9 for a persona that starts below 0.15, and above a real share of 0.4."
+    )
     return wrong == 0
 
 

@@ -59,6 +59,7 @@ NOT_RELEASE = (*LATER, "virality")
 # Nor does round 0 read the audience before it is paid by it: model, texts and labels are then taken from the sibling.
 BEFORE_ATTENTION = (*LATER, "virality")
 RETRIES = 3  # of a cell whose Ray node died; a cell that raised is not tried again before the next command
+LOCK_WAIT = 120  # seconds a retry waits: the lock of a dead node ends with its NFS lease, 90 s by default
 REASON = 240  # characters of the line that says why a cell failed
 TOKEN = ".sweep"  # in runs_dir: tells a Ray node that it sees the same directory as the driver
 
@@ -463,8 +464,11 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def play_cell(task: Task) -> Result:
-    """Plays one cell to its end, or says in one line why it could not; what the pool and Ray both call."""
-    from loop import run, track
+    """Plays one cell to its end, or says in one line why it could not; what the pool and Ray both call.
+
+    A task that may be another machine's retry (it names its folder) waits for the lock, up to LOCK_WAIT.
+    """
+    from loop import run, store, track
 
     started = time.monotonic()
     shared = None
@@ -477,13 +481,20 @@ def play_cell(task: Task) -> Result:
             raise OSError(f"runs_dir must be one directory shared by all nodes, got another at {runs_dir} on "
                           f"{socket.gethostname()}; mount it there")  # fmt: skip
         sibling = None
-        if task.source is not None and _made_alike(source := Path(task.source), task.at, config):
-            if not (runs_dir / config.run_name / "manifest.json").exists():
-                run.fork(source, task.at, config)
-                shared = task.at
-            sibling = source if task.alike and _has(source, 0) else None
         mirror = track.Beside if task.track else run.unmirrored
-        run.play(config, allow_drift=task.allow_drift, mirror=mirror, sibling=sibling)
+        while True:
+            try:
+                if task.source is not None and _made_alike(source := Path(task.source), task.at, config):
+                    if not (runs_dir / config.run_name / "manifest.json").exists():
+                        run.fork(source, task.at, config)
+                        shared = task.at
+                    sibling = source if task.alike and _has(source, 0) else None
+                run.play(config, allow_drift=task.allow_drift, mirror=mirror, sibling=sibling)
+                break
+            except store.LockedError:
+                if task.folder is None or time.monotonic() > started + LOCK_WAIT:
+                    raise
+                time.sleep(1)
     except Exception as error:
         if os.environ.get("PERSONA_LOOP_TRACEBACK"):
             sys.excepthook(type(error), error, error.__traceback__)
@@ -708,13 +719,16 @@ class Ray:
         """Connects.
 
         Args:
-          address: `auto`, the cluster this machine belongs to; or host:port of one; or ray://host:port.
+          address: `auto` or host:port of the cluster this machine belongs to; ray://host:port, with ray[client], of
+            another.
           cpus, gpus: what a cell asks for; a fraction of a GPU lets cells share it.
 
         Raises:
           ConfigError: Ray is not installed, or no cluster answers there.
         """
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        # Read at import. A port that answers but is not Ray's costs 47 s a try, and Ray would make 20.
+        os.environ.setdefault("RAY_NUM_REDIS_GET_RETRIES", "2")
         try:
             ray: Any = importlib.import_module("ray")
         except ImportError:
@@ -722,10 +736,18 @@ class Ray:
                 ["--ray needs the package ray, which is not installed; pip install 'persona-loop[ray]'"]
             ) from None
         _reachable(address)
+        on_sigterm = signal.getsignal(signal.SIGTERM)
         try:
             ray.init(address=address, log_to_driver=False, logging_level="ERROR")
-        except (ConnectionError, RuntimeError, ValueError) as error:
-            raise _no_cluster(address, " ".join(str(error).split())[:120]) from None
+        except (ConnectionError, ImportError, RuntimeError, ValueError) as error:
+            raise _no_cluster(address, " ".join(str(error).split())[:REASON]) from None
+        finally:
+            signal.signal(signal.SIGTERM, on_sigterm)  # ray.init sets its own, which exits without a word
+        if not any(_offers(node, cpus, gpus) for node in ray.nodes()):
+            print(
+                f"--ray: no node offers the {cpus:g} CPUs and {gpus:g} GPUs that a cell asks for; cells wait for one",
+                file=sys.stderr,
+            )
         self._ray = ray
         self._refs: dict[Any, int] = {}
         threads = {"env_vars": {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, int(cpus))))}}
@@ -746,14 +768,18 @@ class Ray:
         if not self._refs:
             time.sleep(seconds)
             return []
-        done, _ = self._ray.wait(list(self._refs), num_returns=1, timeout=seconds)
+        try:
+            done, _ = self._ray.wait(list(self._refs), num_returns=1, timeout=seconds)
+        except SystemError as error:  # so Ray wraps what a signal handler of ours raised
+            raise (error.__cause__ or error) from None
         out = []
         for ref in done:
             try:
                 result = Result(*self._ray.get(ref))
             except self._ray.exceptions.RayError as error:
-                lines = str(error).split("\n")
-                result = Result(f"{type(error).__name__}: {' '.join(lines[0].split())}"[:REASON], 0.0)
+                cause = getattr(error, "cause", None) or error  # a RayTaskError's own text begins with a traceback
+                text = " ".join(str(cause).partition("\n")[0].split())
+                result = Result(f"{type(cause).__name__}: {text}"[:REASON], 0.0)
             out.append((self._refs.pop(ref), result))
         return out
 
@@ -762,6 +788,11 @@ class Ray:
         for ref in self._refs:
             self._ray.cancel(ref, force=True)
         self._ray.shutdown()
+
+
+def _offers(node: Mapping[str, Any], cpus: float, gpus: float) -> bool:
+    has = node["Resources"]
+    return bool(node["Alive"]) and has.get("CPU", 0) >= cpus and has.get("GPU", 0) >= gpus
 
 
 def _reachable(address: str) -> None:
@@ -781,7 +812,7 @@ def _no_cluster(address: str, why: str) -> ConfigError:
     return ConfigError(
         [
             f"--ray must be auto or the address of a running cluster, got {address} ({why}); start one with "
-            "`ray start --head`, or leave --ray out"
+            "`ray start --head`, join it with `ray start --address`, or leave --ray out"
         ]
     )
 

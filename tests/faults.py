@@ -263,7 +263,7 @@ def _ask(
     command = [sys.executable, "-W", "error", str(here), workload, str(directory), kind, *options]
     command += ["--start", str(start)] if start else []
     paths = [str(here.parent.parent), str(here.parent)]
-    env = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=timeout)
     assert done.returncode == 0, done.stderr
     head, *lines = [json.loads(line) for line in done.stdout.splitlines()]

@@ -5,7 +5,7 @@
 
 FAULTS is the list of what can go wrong and of the tests that make it go wrong. A test says how often it did so and what
 happened by the properties `faults` and `happened` of its JUnit result; one that says nothing counts as one fault that
-went as expected.
+went as expected. If a test failed, did not run, or a row was tried less often than it must be, nothing is written.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ PAGE = ROOT / "docs" / "reliability.md"
 
 
 class Fault(NamedTuple):
-    """A row of the page: what goes wrong, how it is made to, what is expected, and the tests.
+    """A row of the page: what goes wrong, how it is made to, what is expected, the tests, and how often at least.
 
     A test is "file::function", or "file::function[part" for those cases that hold `part` in their name.
     """
@@ -39,6 +39,7 @@ class Fault(NamedTuple):
     how: str
     expected: str
     tests: tuple[str, ...]
+    least: int = 1
 
 
 FAULTS = (

@@ -2,8 +2,11 @@
 
 import json
 import math
+import re
 from pathlib import Path
+from types import SimpleNamespace
 
+import duckdb
 import numpy as np
 import pandas as pd
 import pytest
@@ -434,6 +437,79 @@ def test_n_eff_is_read_off_selection_off_seeds_and_refused_from_one():
     assert "the control is not selection-off (full audience)" in line
 
 
+def halving(n_seeds, side=off, name="neutral"):
+    """Runs of N = 200 documents that a learner says half of: nova f(z) = z / 2, stella z, outputs as good as exact."""
+    rng = np.random.default_rng(7)
+    cells = []
+    for seed in range(n_seeds):
+        p, paths = np.array([0.3, 0.4]), {"nova": [], "stella": []}
+        for _ in range(6):
+            for k, path in enumerate(paths.values()):
+                path.append((p[k], 10**6))
+            p = rng.multinomial(200, [*p, 1 - p.sum()])[:2] / 200 * [0.5, 1.0]
+        cells.append((side(name, seed), {f"frequency_observed/{k}": path for k, path in paths.items()}))
+    return cells
+
+
+def test_n_eff_is_estimated_through_the_response_that_the_test_is_given():
+    # One response, measured for nova alone. Through it nova's drift is that of 200 documents, as is that of stella, who
+    # is said as often as trained; read as copied, half of nova's drift looks like that of 800. 40 seeds x 5 rounds: a
+    # third off is 3.5 sd. (nova halves every round, so that she is near 0 at the end: fewer effective degrees.)
+    runs = made(*halving(40))
+    f = {"nova": SimpleNamespace(response=lambda z: 0.5 * np.asarray(z), pace=1.0), "public_figure": None}
+    through, line = analysis.neutral_size(runs, controls(runs), "frequency_observed", 5, f)
+    assert 200 / 1.33 < through.value < 200 * 1.33
+    assert line.endswith("from 40 selection-off seeds, through the measured response of nova")
+    copied, line = analysis.neutral_size(runs, controls(runs), "frequency_observed", 5, {"public_figure": f["nova"]})
+    assert line.endswith("from 40 selection-off seeds, personas pooled")
+    nova_alone = made(*[(o, {"frequency_observed/nova": m["frequency_observed/nova"]}) for o, m in halving(40)])
+    wrong, _ = analysis.neutral_size(nova_alone, controls(runs), "frequency_observed", 5)
+    assert wrong.value > 200 * 2
+    # Where only some personas have an f, each is tested with the n_eff of its own reading, and both are printed.
+    both = made(*halving(40), *halving(3, side=arm, name="full"))
+    calibrated = {"nova": f["nova"]}
+    known = {"calibrated": lambda *_: (calibrated, "measured")}
+    got = analysis.compare(both, controls(both), metrics=["frequency"], **known)[0]
+    assert got.n_eff.value == pytest.approx(through.value)
+    assert "through the measured response of nova; for the others n_eff" in got.n_eff_note
+    alone = analysis.selection(both, got.pairs, "frequency_observed", through, calibrated, copied)
+    assert [s.arm.value for s in got.selection] == [s.arm.value for s in alone]
+    # Starting from the last adapter only half of the drift would come out: what is seen is that of fewer documents.
+    f["nova"].pace = 0.5
+    assert analysis.neutral_size(runs, controls(runs), "frequency_observed", 5, calibrated)[0] == through
+    for name, c in runs.configs.items():
+        runs.configs[name] = c.model_copy(update={"train": c.train.model_copy(update={"init_from": "previous"})})
+    assert analysis.neutral_size(runs, controls(runs), "frequency_observed", 5, calibrated)[0].value < through.value / 2
+
+
+def test_where_old_documents_stay_nothing_is_estimated_and_the_reason_is_one():
+    regime = ("mix.regime=accumulate_subsample",)
+    cells = [([*o, *regime], m) for o, m in (*neutral(12), *neutral(3, side=arm, name="full", s=0.2))]
+    runs = made(*cells)
+    reason = "mix.regime accumulate_subsample: documents of earlier rounds are in the mixture"
+    found, line = analysis.neutral_size(runs, controls(runs), "frequency_observed", 5)
+    assert (found.reason, line) == (reason, f"n_eff: not estimated; {reason}")
+    pairs = analysis.pair(runs, controls(runs))[0]
+    for row in analysis.selection(runs, pairs, "frequency_observed", stats.Interval(200, 150, 260, 12)):
+        assert (row.reason, row.arm.reason, row.within.reason, row.increment) == (reason, reason, reason, ())
+        assert math.isnan(row.arm.value)
+
+
+def test_drift_is_read_off_every_control_seed_so_that_one_run_has_its_own_interval():
+    # One seed of the arm, 20 of the control: n_eff is of all 20 (100 degrees of freedom: 40% off is 2.8 sd), and the
+    # own interval of the run is that of the estimator, s = .2 inside. A control that stopped early is left out.
+    stopped = neutral(21)[20]
+    cells = [*neutral(20), (stopped[0], {k: v[:3] for k, v in stopped[1].items()})]
+    runs = made(*cells, *neutral(1, side=arm, name="full", s=0.2))
+    got = analysis.compare(runs, controls(runs), metrics=["frequency"])[0]
+    assert got.pairs.seeds == [0]
+    assert got.n_eff.n == 20
+    assert 200 / 1.4 < got.n_eff.value < 200 * 1.4
+    within = got.selection[0].within
+    assert within.low < 0.2 < within.high
+    assert within.high - within.low < 1
+
+
 def test_without_n_eff_selection_is_nan_with_the_reason():
     runs = made(*neutral(1), (arm("full", 0), {"frequency_observed/nova": [0.3] * 6}))
     got = analysis.compare(runs, controls(runs), metrics=["frequency"])[0]
@@ -444,8 +520,6 @@ def test_without_n_eff_selection_is_nan_with_the_reason():
 def test_selection_takes_real_documents_from_the_mixture_and_f_from_the_calibration():
     # s = log 1.5 takes .5 to .6; .2 real documents, half of them nova, make that .2 * .5 + .8 * .6 = .58; a learner
     # that says f(q) = .1 + .5 q says .39. Without selection it is .5, and .35. Outputs, n_eff: as good as infinite.
-    from types import SimpleNamespace
-
     real = [(1, "real", "nova", 10), (1, "real", None, 10), (1, "synthetic", None, 80)]
     s = math.log(1.5)
     for end, calm, f in ((0.58, 0.5, None), (0.39, 0.35, lambda q: 0.1 + 0.5 * q)):
@@ -652,6 +726,9 @@ def test_the_command_prints_every_part_and_names_controls_by_path_pattern_or_arm
         "false positives, selection-off runs",
     ):
         assert part in done.output, part
+    # A single run has no control to read its health against, and says so.
+    for shown in (["show", "full-s0", "--round", "1"], ["show", "full-s0", "--personas", "nova"]):
+        assert "Health is of this run alone" in CliRunner().invoke(app, shown, catch_exceptions=False).output, shown
     alone = CliRunner().invoke(app, ["compare", "full-s0", "--control", "neutral-s0", "--metric", "surprisal"])
     assert "n=1: one seed has no interval" in alone.output
     assert "surprisal/nova" in alone.output
@@ -666,3 +743,14 @@ def test_the_command_prints_every_part_and_names_controls_by_path_pattern_or_arm
     early = CliRunner().invoke(app, ["compare", ".", "--control", "neutral", "--warn", "--round", "2"])
     assert early.exit_code == 2
     assert "full against neutral" not in early.output
+
+
+def test_the_query_of_the_readme_gives_what_the_frames_give(tmp_path):
+    run_dir = run.play(smoke("name=round", "seed=0", f"runs_dir={tmp_path}", "n_rounds=2"))
+    (sql,) = re.findall(r"```sql\n(.*?)```", (SMOKE.parents[1] / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    found = duckdb.sql(sql.replace("runs/round-s0", str(run_dir))).fetchall()
+    samples = loop.load(run_dir).samples
+    kept = samples[samples["accepted"]].groupby(["round_index", "persona"])["weight"].agg(["mean", "size"])
+    assert len(kept) > 6
+    assert [row[:2] for row in found] == list(kept.index)
+    np.testing.assert_allclose([row[2:] for row in found], kept.to_numpy(), rtol=1e-12)

@@ -2,15 +2,19 @@
 
 import math
 import re
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from scipy import stats as distributions
 
-from loop import report, show
+from loop import config, forecast, page, report, run, show
 from loop.evolution import STEPS
 from loop.records import PERSONAS, Metric
 from loop.report import LEVELS, Step, ledger_steps
-from loop.stats import Interval
+from loop.stats import Coverage, Interval
 
 
 def row(t, name, value, low=None, high=None, reason=None):
@@ -348,3 +352,65 @@ def test_candidates_are_listed_without_letting_their_texts_touch_the_terminal(st
     monkeypatch.setattr(show, "_texts", lambda run, t: iter(()))
     show.print_run(stored)
     assert "nobody planned: 1 in round 1" in capsys.readouterr().out
+
+
+def test_the_drift_band_goes_through_the_measured_response_and_says_so(tmp_path, monkeypatch):
+    # A learner that says 60% nova, 10% stella and so on whatever it is trained on: from round 1 on its neutral runs lie
+    # about 60%, wherever they started. Read as copied, the band stays about the .2 of round 0.
+    smoke = Path(__file__).resolve().parent.parent / "configs" / "smoke.yaml"
+    small = [
+        "mix.n_train=60",
+        "sample.n_samples=60",
+        "virality.posts_per_sample=30",
+        "toy.n_documents=40",
+        "n_rounds=2",
+    ]
+    small += ["measure.n_surprisal=2", f"runs_dir={tmp_path}"]
+    run.play(config.load(smoke, small))
+    original = forecast.inputs
+    fixed = {"nova": 0.6}
+
+    def calibrated(*args, **options):
+        given = original(*args, **options)
+        rest = (1 - sum(fixed.values())) / (len(given.personas) - len(fixed))
+        said = np.array([fixed.get(p, rest) for p in given.personas])
+        line = {"transmission": "measured f(q): nova 6 points"}
+        return replace(given, response=lambda q: np.broadcast_to(said, q.shape), source=given.source | line)
+
+    m = page.gather(page.find([tmp_path])[0])
+    plain = m.twins["smoke"].drift
+    monkeypatch.setattr(forecast, "inputs", calibrated)
+    m = page.gather(page.find([tmp_path])[0])
+    twin = m.twins["smoke"]
+    at = twin.given.personas.index("nova")
+    assert plain.mean[2, at] < 0.4
+    assert twin.drift.mean[1:, at] == pytest.approx([0.6, 0.6], abs=0.02)
+    assert twin.drift.low[2, at] < 0.6 < twin.drift.high[2, at]
+    assert "Drift, dotted: transmission measured f(q): nova 6 points." in page.trajectories(m).notes
+
+
+def test_a_rare_false_positive_is_printed_with_its_jeffreys_interval(capsys):
+    # 3 of 2,000: quantiles of Beta(3.5, 1997.5); none of 2,000 ends at the 97.5% quantile of Beta(.5, 2000.5).
+    matrix = SimpleNamespace(truth=("nova",), said=("nova",), counts=np.array([[9]]), recall={"nova": 1.0},
+                             accuracy=1.0, macro_recall=1.0)  # fmt: skip
+    held = SimpleNamespace(name="persona", confusion=matrix, accuracy_with_names=1.0, calibration_error=0.0,
+                           false_positives={"nova": 0.0015, "stella": 0.0}, n_human=2000, neutral=math.nan)  # fmt: skip
+    show.print_confusions([held])
+    low, high = distributions.beta.ppf([0.025, 0.975], 3.5, 1997.5)
+    none = distributions.beta.ppf(0.975, 0.5, 2000.5)
+    printed = capsys.readouterr().out
+    assert f"  0.0015 [{low:.4f}, {high:.4f}] of 2000 real human texts read as nova" in printed
+    assert f"  0 of 2000, at most {none:.4f}, as any persona not named here" in printed
+
+
+def test_coverage_is_judged_by_condition_and_every_condition_is_named(capsys):
+    def rows(eleven):
+        pooled = {"label_shift": 0.95, "confusion_drift": 0.955, "eleven_personas": eleven, "templates": 0.945}
+        return [
+            Coverage(condition, "audited", band, value, 0.0, 0.0, 0.1, 100)
+            for condition, value in pooled.items() for band in ("all", "< 0.05")
+        ]  # fmt: skip
+
+    assert show.print_coverage(rows(0.97), n_truths=25, seconds=1.0)  # wide is no fault there
+    assert "eleven personas 0.970, templates 0.945 (must be >= 0.94), worst cell 0.945" in capsys.readouterr().out
+    assert not show.print_coverage(rows(0.93), n_truths=25, seconds=1.0)

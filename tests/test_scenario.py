@@ -56,6 +56,71 @@ def test_the_effect_is_the_paired_change_against_the_control_with_students_inter
     assert (found.verdict, found.last_round, found.effect.n) == ("supported", 1, 3)
 
 
+def measured(values, se, **where):
+    """Rows whose 95% limits are those of a normal measurement with this standard error."""
+    rows = rows_of(values, **where)
+    return rows.assign(low=rows["value"] - 1.959964 * se, high=rows["value"] + 1.959964 * se)
+
+
+def test_beside_an_effect_stands_what_measuring_twice_would_show():
+    # The mean of three differences of two measurements (both arms share round 0): variance 3 * 2 * .025^2 / 9, and
+    # the mean |normal| is sqrt(2 / pi) standard deviations. An arm alone has its two rounds: the same.
+    twice = math.sqrt(2 / math.pi)
+    rows = measured(RISES, 0.025)
+    floor = math.sqrt(6) * 0.025 / 3 * twice
+    assert scenario.judge(about(), rows).floor == pytest.approx(floor, rel=1e-5)
+    assert scenario.noise_floor(about(), rows, outcome(contrast="full")) == pytest.approx(floor, rel=1e-5)
+    # With rounds 0 of their own there are four measurements a seed.
+    apart = RISES | {"neutral": {s: [0.12, 0.12] for s in range(3)}}
+    found = scenario.explore(about(exploratory=[outcome().model_dump()]), measured(apart, 0.025))[0]
+    assert found.floor == pytest.approx(math.sqrt(12) * 0.025 / 3 * twice, rel=1e-5)
+    # nova - stella of the same n texts has variance (p + q - (p - q)^2) / n: with p = .2 and q = .1 of 100, .0029,
+    # where independent shares would have (.16 + .09) / 100 = .0025.
+    both = [
+        measured(
+            {"full": {0: [p, p]}, "neutral": {0: [p, p]}}, math.sqrt(p * (1 - p) / 100), metric=f"frequency/{name}"
+        )
+        for name, p in (("nova", 0.2), ("stella", 0.1))
+    ]
+    difference = outcome(metric={"frequency/nova": 1, "frequency/stella": -1})
+    got = scenario.noise_floor(about(), pd.concat(both), difference)
+    assert got == pytest.approx(math.sqrt(2 * 0.0029) * twice, rel=1e-5)
+    assert math.isnan(scenario.judge(about(), rows_of(RISES)).floor)  # no limits, no floor
+    page = "\n".join(scenario._section(about(controls=["neutral"]), rows, scenario.judge(about(), rows)))
+    assert "over 3 paired seeds, noise floor 0.016\n" in page
+    assert "| neutral | +0.000 (no interval: all seeds agree exactly) | 0.016 |" in page
+
+
+def test_the_noise_floor_of_a_factors_effect_is_that_of_its_logits():
+    # Four cells, shares of .5 from 100 texts: a logit has variance .05^2 / .25^2 = .04, the difference of two halves of
+    # four cells 4 * 4 * .04 / 16 = .04, the mean of two seeds .02.
+    levels = {f"a{a}-b{b}": {"a": a, "b": b} for a in (0, 1) for b in (0, 1)}
+    rows = measured({arm: {s: [0.5, 0.5] for s in (0, 1)} for arm in levels}, 0.05)
+    given = about(levels=levels, arms=list(levels))
+    got = scenario.noise_floor(given, rows, outcome(contrast="a"))
+    assert got == pytest.approx(math.sqrt(0.02 * 2 / math.pi), rel=1e-5)
+
+
+def test_health_is_shown_as_difference_to_real_only_else_to_the_first_control_which_is_named():
+    # Seeds 0 and 1: full 1.0 and 1.2, real_only 1.5 and 1.6: differences -.5 and -.4, mean -.45, half the range .05,
+    # which is the standard error of two; t(1) = 12.7062.
+    entropy = {"full": {0: [2.0, 1.0], 1: [2.0, 1.2]}, "neutral": {0: [2.0, 1.3], 1: [2.0, 1.3]}}
+    rows = rows_of(entropy | {"real_only": {0: [2.0, 1.5], 1: [2.0, 1.6]}}, metric="sample_entropy")
+    half = 12.7062 * 0.05
+    with_real = about(arms=["full", "neutral", "real_only"], controls=["neutral", "real_only"])
+    lines = scenario._health(with_real, rows)
+    assert lines[1] == "| health, difference to real_only (mean) | sample_entropy |"
+    assert lines[3] == f"| full | -0.450 [{-0.45 - half:+.3f}, {-0.45 + half:+.3f}] (1.100) |"
+    assert lines[5] == "| real_only | 1.550 |"
+    rows = rows_of(entropy, metric="sample_entropy")
+    lines = scenario._health(about(arms=["full", "neutral"], controls=["neutral"]), rows)
+    assert lines[1] == "| health, difference to neutral (mean); there is no real_only here | sample_entropy |"
+    assert lines[3].startswith("| full | -0.200 [")
+    alone = scenario._health(about(arms=["full"], primary=outcome(contrast="full").model_dump()), rows)
+    assert alone[1] == "| health, means; there is no control here | sample_entropy |"
+    assert alone[3] == "| full | 1.100 |"
+
+
 def test_a_seed_that_lacks_its_pair_or_its_final_round_is_left_out():
     values = {arm: dict(seeds) for arm, seeds in RISES.items()}
     values["full"][3] = [0.1, 0.9]  # no neutral run
