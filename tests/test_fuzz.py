@@ -182,7 +182,7 @@ BYTES = st.one_of(
 
 
 @given(BYTES)
-@inputs(30_000)
+@inputs(36_000)
 @example(b"a: &a [*a]")
 @example(b"&a a: *a")
 @example(b"? [1]\n: 2")
@@ -282,7 +282,7 @@ def read(path: Path, **options: Any) -> list[corpus.Document]:
 
 
 @given(st.lists(LINE, max_size=4), st.sampled_from([b"\n", b"\r\n"]), st.booleans())
-@inputs(26_000)
+@inputs(33_000)
 def test_any_jsonl_is_read_or_refused_in_a_line(place, lines, end, mark):
     path = place / "own.jsonl"
     path.write_bytes((b"\xef\xbb\xbf" if mark else b"") + end.join(lines))
