@@ -286,7 +286,7 @@ def _serve() -> None:
     module, function = args.workload.split(":")
     run = getattr(importlib.import_module(module), function)
     place, said, notes = args.directory / "try", args.directory / "said.json", args.directory / "notes"
-    os.fsync = lambda fd: None  # type: ignore[assignment]  # of the undisturbed run and of the restarts too
+    os.fsync = lambda fd: None  # type: ignore[assignment]  # also where no injector is
     os.environ["FAULT_NOTES"] = str(notes)
 
     def fresh() -> None:

@@ -301,6 +301,7 @@ def shell(text: str, **env: str) -> subprocess.CompletedProcess[str]:
     """Runs a script as root of a mount namespace of its own; skips where the kernel does not let us."""
     if shutil.which("unshare") is None or subprocess.run(["unshare", "-rm", "true"], check=False).returncode:
         pytest.skip("needs mount namespaces: unshare -rm")
+    # No bytecode: Python does not see that a file-size limit cuts it, and every later process would read the half.
     env = os.environ | {"PYTHON": sys.executable, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"} | env
     return subprocess.run(
         ["unshare", "-rm", "bash", "-c", text], capture_output=True, text=True, check=False, env=env, timeout=300
