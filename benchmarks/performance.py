@@ -117,8 +117,9 @@ def rounds(found: dict[str, Any]) -> list[str]:
         f"The machine multiplies matrices at {limit['flops']:.3g} operations a second"
         + (f" and copies {limit['copy_bytes']:.3g} bytes a second" if "copy_bytes" in limit else "")
         + ". Against that stand 2 · parameters · useful tokens of sampling, and 6 · parameters · trained tokens of "
-        "training, though a frozen base needs but 4. Useful tokens "
-        "end with the end-of-turn token.",
+        "training, though a frozen base needs but 4 and a shared prefix is computed once: a share above 100% is no "
+        "contradiction, and one above 150% without a shared prefix says that the rate was taken on a busy machine. "
+        "Useful tokens end with the end-of-turn token.",
         "",
         f"Shape `context` puts two turns of {len(' '.join(bench.CONTEXT).split())} words before every prompt, as a "
         "system prompt would. Stock is measured in the first pair of a shape alone; its other stages are medians.",
