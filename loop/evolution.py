@@ -17,7 +17,7 @@ import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -62,6 +62,9 @@ class Tested(_Increment):
     """(statistic, p_value) of a test; `reason` says why they are nan, None where they are not."""
 
     reason: str | None = None
+
+
+Read = TypeVar("Read", Coefficient, Tested)
 
 
 def price(
@@ -441,7 +444,7 @@ def selection_coefficient(
     if why is None and (np.all(v == 0) or np.all(v == 1)):
         why = "the persona is never, or always, seen"
     if why is not None:
-        return _no_coefficient(why)
+        return _unread(Coefficient, why)
     quantile = float(-special.ndtri((1 - level) / 2))
 
     def score(s: Floats) -> Floats:
@@ -450,7 +453,7 @@ def selection_coefficient(
     grid = np.linspace(-6, 6, 241)
     z = score(grid)
     if np.all(z == 0):
-        return _no_coefficient("the response is flat wherever the run went")
+        return _unread(Coefficient, "the response is flat wherever the run went")
     falls = np.flatnonzero((z[:-1] > 0) & (z[1:] <= 0))
     centre = len(grid) - 1 if z[-1] > 0 else -1  # stronger selection than exp(6) per round would fit better still
     if len(falls):
@@ -471,8 +474,9 @@ def selection_coefficient(
     return Coefficient(float(estimate), float(low), float(high))
 
 
-def _no_coefficient(reason: str) -> Coefficient:
-    found = Coefficient(math.nan, math.nan, math.nan)
+def _unread(kind: type[Read], reason: str) -> Read:
+    """A result of nan, and why."""
+    found = kind(*[math.nan] * len(kind._fields))
     found.reason = reason
     return found
 
@@ -567,19 +571,13 @@ def frequency_increment_test(
     if why is None and np.any((before == 0) | (before == 1)):
         why = "a frequency of 0 or 1, from which nothing drifts"
     if why is not None:
-        return _untested(why)
+        return _unread(Tested, why)
     expected = mixing * source + (1 - mixing) * before
     y = (v[1:] - expected) / ((1 - mixing) * np.sqrt(2 * before * (1 - before)))
     if y.min() == y.max():
-        return _untested("all increments agree exactly")
+        return _unread(Tested, "all increments agree exactly")
     t = float(y.mean() / (y.std(ddof=1) / math.sqrt(len(y))))
     return Tested(t, float(2 * special.stdtr(len(y) - 1, -abs(t))))
-
-
-def _untested(reason: str) -> Tested:
-    found = Tested(math.nan, math.nan)
-    found.reason = reason
-    return found
 
 
 def effective_size(

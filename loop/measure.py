@@ -15,6 +15,7 @@ from loop.stats import (
     clustered_mean,
     clustered_share,
     confusion_corrected,
+    effective_texts,
     mixture_share,
     rogan_gladen,
     wilson,
@@ -123,9 +124,7 @@ def corrected_frequencies(
             shown = [_scope(samples, labels, label, stratum, mixture) for label in (*personas, UNKNOWN)]
             reason = next((i.reason for i in shown if not math.isfinite(i.value)), None) or "no calibration text of it"
             if all(math.isfinite(i.value) for i in shown):
-                q = np.array([i.value for i in shown])
-                variance = math.fsum(i.se**2 for i in shown)
-                n_eff = min(n, float((q * (1 - q)).sum()) / variance) if variance > 0 else n
+                q, n_eff = np.array([i.value for i in shown]), effective_texts(shown, n)
                 found = dict(
                     zip(known, confusion_corrected(q / q.sum() * n_eff, confusion[known], rng=rng), strict=True)
                 )

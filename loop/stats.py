@@ -658,6 +658,17 @@ def post_stratified_audit(
     return _from_draws(value, np.einsum("dl,dlk->dk", q, theta), len(label), level)
 
 
+def effective_texts(shares: Sequence[Interval], n: float) -> float:
+    """Independent texts whose shares would vary as much as these do: sum p (1 - p) / sum se**2 over labels, at most n.
+
+    Args:
+      shares: of every label, each finite.
+      n: texts there are, returned where nothing varies.
+    """
+    p, variance = np.array([i.value for i in shares]), math.fsum(i.se**2 for i in shares)
+    return min(n, float((p * (1 - p)).sum()) / variance) if variance > 0 else n
+
+
 def audit_design_effect(
     label: ArrayLike,
     clusters: Sequence[Hashable],
@@ -922,8 +933,7 @@ def _study_round(
     counted = [wilson(counts[k], n_outputs) for k in range(n_labels)]
     if len(set(names)) < n_outputs:
         counted = [clustered_share(label == k, names) for k in range(n_labels)]
-        q = counts / n_outputs
-        n_effective = min(n_effective, float(q @ (1 - q)) / sum(i.se**2 for i in counted))
+        n_effective = effective_texts(counted, n_outputs)
         effect = audit_design_effect(label, names, audited, persona[audited], n_labels=n_labels, n_personas=n_personas)
     return {
         "counted": counted[:n_personas],
