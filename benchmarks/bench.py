@@ -505,6 +505,7 @@ def main() -> None:
         job = json.loads(Path(sys.argv[3]).read_text(encoding="utf-8"))
         print(json.dumps(CHILDREN[sys.argv[2]](job)))
         return
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # else every process compiles torch again: 8 s on either side
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--pairs", type=int, default=3, help="of the first shape")
     parser.add_argument("--context-pairs", type=int, help="of the shape with a shared context; default: as many")

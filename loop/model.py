@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -250,8 +250,14 @@ def _hash_weights(source: str, net: Any) -> str:
     files = sorted(Path(source).glob("*.safetensors")) if Path(source).is_dir() else []
     if not files:
         return _hash_tensors(dict(net.named_parameters()))
+    return _hash_files(tuple((path, path.stat().st_size, path.stat().st_mtime_ns) for path in files))
+
+
+@lru_cache(maxsize=8)
+def _hash_files(files: tuple[tuple[Path, int, int], ...]) -> str:
+    """Returns sha256 over (path, size, time of change) in order: once a process, however often a base is loaded."""
     total = hashlib.sha256()
-    for path in files:
+    for path, _, _ in files:
         with path.open("rb") as handle:
             while block := handle.read(1 << 24):
                 total.update(block)

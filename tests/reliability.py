@@ -337,16 +337,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=2, help="test processes")
     parser.add_argument("--out", type=Path, default=PAGE)
     given = parser.parse_args(arguments)
-    with tempfile.TemporaryDirectory(dir=in_memory()) as folder:
-        results = given.results or [Path(folder) / "faults.xml"]
-        if not given.results and (code := battery(results[0], given.jobs)):
-            print(f"pytest must exit with 0, got {code}; {given.out} stays as it is", file=sys.stderr)
-            return 1
-        try:
-            text = page(read(results))
-        except ValueError as error:
-            print(f"{error}\n{given.out} stays as it is", file=sys.stderr)
-            return 1
+    results = given.results or [Path(tempfile.mkdtemp(prefix="faults-", dir=in_memory())) / "faults.xml"]
+    if not given.results and (code := battery(results[0], given.jobs)):
+        again = f"run what failed with --junit-xml=AGAIN, then `{Path(__file__).name} --from {results[0]} AGAIN`"
+        print(f"pytest must exit with 0, got {code}; {given.out} stays as it is; {again}", file=sys.stderr)
+        return 1
+    try:
+        text = page(read(results))
+    except ValueError as error:
+        print(f"{error}\n{given.out} stays as it is", file=sys.stderr)
+        return 1
+    if not given.results:
+        shutil.rmtree(results[0].parent)
     given.out.write_text(text, encoding="utf-8")
     print(given.out)
     return 0

@@ -75,6 +75,16 @@ def mirrors(run_dir):
     return sorted((run_dir.parent / "wandb").glob("*run-*-*-s0-*"))
 
 
+def kill_writer_of(pid):
+    """Kills W&B's own process of a mirror: it has a session of its own, and would write on beside the next mirror."""
+    for seen in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            if f"--pid\0{pid}\0".encode() in seen.read_bytes():
+                os.kill(int(seen.parent.name), signal.SIGKILL)
+                while seen.exists() and seen.read_bytes():  # a zombie's is empty
+                    time.sleep(0.05)
+
+
 def records(run_dir):
     """The one offline log beside a run, as `wandb leet inspect` reads it."""
     (folder,) = mirrors(run_dir)
@@ -228,6 +238,7 @@ def test_a_mirror_killed_half_way_is_healed_by_a_replay_and_a_replay_again_chang
     os.killpg(half.pid, signal.SIGKILL)
     half.wait()
     half.stdin.close()
+    kill_writer_of(half.pid)
     before = tree(copied)
     command = [sys.executable, "-m", "loop", "track", str(copied)]
     said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
