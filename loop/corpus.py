@@ -27,6 +27,7 @@ from loop.records import CONSCIOUS, FACTORIAL, PERSONAS, Document, Turns
 
 FOLDS = ("seed", "instrument", "second", "filter", "test")
 KINDS = ("public", "private")
+MAX_PROMPT_WORDS = 200  # with a reply, at most 442 tokens of either shipped base, which have positions for 512 and more
 MAX_CHAT_WORDS = 60  # longer replies would be cut by max_new_tokens = 40; 2.7% of the pairs of chitchat-dataset
 MIN_PERSONA_TEXTS = 50
 MAX_LINE_BYTES = 10_000_000
@@ -588,6 +589,21 @@ def legacy(folder: Path | None = None) -> Found:
     return _pair_up(pairs(), "legacy", None)
 
 
+def recent(documents: Sequence[Document]) -> list[Document]:
+    """Returns documents in whose prompts no turn has more than its last 200 words: what the partner answers to.
+
+    One message in 830 of the human chat is longer, up to 1,528 words, and would stop a run in whichever round draws it;
+    a document that is trained on is never cut. The reply, which is what is learned, stays whole.
+    """
+    out = []
+    for d in documents:
+        turns = tuple(turn.split() for turn in d.prompt or ())
+        if any(len(turn) > MAX_PROMPT_WORDS for turn in turns):
+            d = replace(d, prompt=tuple(" ".join(turn[-MAX_PROMPT_WORDS:]) for turn in turns))
+        out.append(d)
+    return out
+
+
 # ---------------------------------------------------------------------------------------------------- the user's own
 
 
@@ -928,9 +944,9 @@ def components(
         if name in own:
             out[name] = Listed(name, own[name])
         elif name == "chat":
-            out[name] = Listed(name, lambda: chat().documents)
+            out[name] = Listed(name, lambda: recent(chat().documents))
         elif name == "legacy":
-            out[name] = Listed(name, lambda: legacy().documents)
+            out[name] = Listed(name, lambda: recent(legacy().documents))
         else:
             grammar = grammar or load_grammar()
             if name not in grammar.families:

@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -316,6 +317,20 @@ def test_unknown_persona_kind_and_fold_are_refused(grammar):
 
 
 # ------------------------------------------------------------------------------------------- found text
+
+
+def test_found_text_fits_the_smallest_base_and_only_long_messages_lose_their_beginning(tokenizer):
+    for found in (corpus.chat().documents, corpus.legacy().documents):
+        kept = corpus.recent(found)
+        assert len(kept) == len(found)
+        changed = [(old, new) for old, new in zip(found, kept, strict=True) if old != new]
+        assert len(changed) < len(found) / 500
+        for old, new in changed:
+            assert old.prompt[0].endswith(new.prompt[0])
+            assert len(new.prompt[0].split()) == 200
+            assert replace(old, prompt=new.prompt) == new
+        long = [d for d in kept if len(d.prompt[0]) > 800]
+        assert all(len(tokenizer.encode(" ".join((*d.prompt, d.completion)))) + 8 <= 512 for d in long)
 
 
 def test_chat_pairs_a_turn_with_the_partners_next_and_counts_what_it_leaves_out(tmp_path):
