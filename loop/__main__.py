@@ -650,7 +650,12 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     signal.signal(signal.SIGTERM, _on_sigterm)
     with _one_line_errors():
-        app()
+        try:
+            app()
+        finally:  # what is done is done: from here on a signal ends the process, without a traceback from its exit
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a background job ignores it
+                signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 if __name__ == "__main__":

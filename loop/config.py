@@ -736,7 +736,7 @@ def validate(data: Any, *, origin: dict[tuple[str, ...], str] | None = None, whe
         # A union reports every branch; the branch that got as far as a range check is the one that was meant.
         found: dict[tuple[str, ...], Any] = {}
         for e in sorted(error.errors(), key=lambda e: e["type"].endswith(("_type", "none_required", "_parsing"))):
-            found.setdefault((*_place(e), "" if _UNION.search(str(e["loc"])) else e["type"]), e)
+            found.setdefault((*_place(e, origin or {}), "" if _UNION.search(str(e["loc"])) else e["type"]), e)
         in_order = [e for e in error.errors() if e in found.values()]
         raise ConfigError([_explain(e, origin or {}, where) for e in in_order]) from None
 
@@ -854,7 +854,7 @@ def _set(data: dict[str, Any], parts: tuple[str, ...], value: Any, problems: lis
 
 
 def _explain(error: Any, origin: dict[tuple[str, ...], str], where: str) -> str:
-    at = _place(error)
+    at = _place(error, origin)
     place = next((origin[at[:n]] for n in range(len(at), 0, -1) if at[:n] in origin), where)
     name = ".".join(at)
     kind, message = error["type"], error["msg"].removeprefix("Value error, ")
@@ -870,13 +870,20 @@ def _explain(error: Any, origin: dict[tuple[str, ...], str], where: str) -> str:
     return f"{place}: {name + ': ' if name else ''}{text}"
 
 
-# pydantic adds the name of a union's branch to the location; a config has no such key.
+# pydantic adds the name of a union's branch to the location.
 _BRANCH = re.compile(r"^(float|constrained-float|tuple\[.*|none)$")
 _UNION = re.compile(r"'(float|constrained-float|tuple\[[^']*|none)'")
 
 
-def _place(error: Any) -> tuple[str, ...]:
-    return tuple(str(part) for part in error["loc"] if not _BRANCH.match(str(part)))
+def _place(error: Any, origin: dict[tuple[str, ...], str]) -> tuple[str, ...]:
+    """Where an error is: the location without names of branches, unless a key that was written is called so."""
+    at: tuple[str, ...] = ()
+    *inner, last = map(str, error["loc"]) if error["loc"] else ("",)
+    for part in inner:
+        if not _BRANCH.match(part) or (*at, part) in origin:
+            at = (*at, part)
+    written = error["type"] == "extra_forbidden" or not _BRANCH.match(last) or (*at, last) in origin
+    return (*at, last) if last and written else at
 
 
 def _fields_at(at: tuple[str, ...]) -> set[str]:

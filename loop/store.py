@@ -203,8 +203,8 @@ def _sha256(path: Path) -> str:
 
 def _walk(directory: Path, prefix: str = "") -> Iterator[str]:
     """Yields every entry below a directory that is not itself a directory, sorted, as a path with "/"."""
-    with _disk(directory):
-        entries = sorted(os.scandir(directory), key=lambda entry: entry.name)
+    with _disk(directory), os.scandir(directory) as found:
+        entries = sorted(found, key=lambda entry: entry.name)
     for entry in entries:
         if entry.is_dir(follow_symlinks=False):
             yield from _walk(Path(entry.path), f"{prefix}{entry.name}/")
@@ -1109,8 +1109,8 @@ def _checked(name: str, suffix: str = "") -> str:
 
 def _sync_all(directory: Path) -> None:
     """Makes the entries of a directory and of those below it durable, deepest first."""
-    with _disk(directory):
-        below = sorted(entry.path for entry in os.scandir(directory) if entry.is_dir(follow_symlinks=False))
+    with _disk(directory), os.scandir(directory) as found:
+        below = sorted(entry.path for entry in found if entry.is_dir(follow_symlinks=False))
     for path in below:
         _sync_all(Path(path))
     _sync(directory)

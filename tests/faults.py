@@ -334,7 +334,7 @@ def _serve() -> None:
             fresh()
             moment = rng.uniform(0.02, seconds)  # the command sets its handlers first
             code, report = _child(run, place, said, None, sent=(args.kind, moment))
-            if code not in (0, -signal.SIGTERM):  # SIGTERM kills before the handlers are set and after they are gone
+            if code not in (0, -signal.SIGTERM, -signal.SIGINT):  # they kill before handlers are set and after
                 met += 1
                 outcome(met, args.kind, f"after {moment:.3f} s of {seconds:.3f}", code, report)
             if met == args.moments:

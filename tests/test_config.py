@@ -90,6 +90,13 @@ def test_overrides_reach_nested_keys_and_are_named_when_wrong():
     assert config.load(SMOKE, ["mix.n_train=7", "virality.audience=null"]).mix.n_train == 7
     with pytest.raises(ConfigError, match=r"command line: mix.n_trian: unknown key, did you mean mix.n_train\?"):
         config.load(SMOKE, ["mix.n_trian=7"])
+    for key in ("none", "float", "train.lora.none"):  # names that pydantic gives to branches of a union
+        with pytest.raises(ConfigError, match=rf"^command line: {key}: unknown key"):
+            config.load(SMOKE, [f"{key}=1e-4"])
+        with pytest.raises(ConfigError, match=rf"^here: {key.rpartition('.')[2]}: unknown key"):
+            config.from_text(config.to_yaml(config.load(SMOKE)) + f"{key.rpartition('.')[2]}: 1\n", where="here")
+    with pytest.raises(ConfigError, match=r"^command line: measure.mixture.none: input should be .* 1, got 2"):
+        config.load(SMOKE, ["measure.mixture.none=2"])
     with pytest.raises(ConfigError, match=r"must read dotted\.key=value"):
         config.load(SMOKE, ["n_rounds"])
 

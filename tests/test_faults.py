@@ -82,7 +82,7 @@ def command(*arguments: object) -> str:
     from loop.__main__ import main
 
     out, err = io.StringIO(), io.StringIO()
-    before, handler = sys.argv, signal.getsignal(signal.SIGTERM)
+    before, handlers = sys.argv, {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
     sys.argv = ["loop", *map(str, arguments)]
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -92,7 +92,8 @@ def command(*arguments: object) -> str:
             raise Exit(err.getvalue(), int(stop.code)) from None
     finally:
         sys.argv = before
-        signal.signal(signal.SIGTERM, handler)
+        for sent, handler in handlers.items():
+            signal.signal(sent, handler)
     return out.getvalue()
 
 
