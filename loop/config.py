@@ -878,12 +878,11 @@ _UNION = re.compile(r"'(float|constrained-float|tuple\[[^']*|none)'")
 def _place(error: Any, origin: dict[tuple[str, ...], str]) -> tuple[str, ...]:
     """Where an error is: the location without names of branches, unless a key that was written is called so."""
     at: tuple[str, ...] = ()
-    *inner, last = map(str, error["loc"]) if error["loc"] else ("",)
-    for part in inner:
-        if not _BRANCH.match(part) or (*at, part) in origin:
+    for n_left, part in zip(range(len(error["loc"]) - 1, -1, -1), map(str, error["loc"]), strict=True):
+        written = (*at, part) in origin or (error["type"] == "extra_forbidden" and n_left == 0)
+        if written or not _BRANCH.match(part):
             at = (*at, part)
-    written = error["type"] == "extra_forbidden" or not _BRANCH.match(last) or (*at, last) in origin
-    return (*at, last) if last and written else at
+    return at
 
 
 def _fields_at(at: tuple[str, ...]) -> set[str]:

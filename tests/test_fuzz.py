@@ -129,6 +129,7 @@ def load(place: Path, data: bytes, overrides: list[str] = []) -> None:  # noqa: 
 @example([("virality.audience", "'x\n\x1b[2J.py:f'")])
 @example([("\x1b[2J\n", "1")])
 @example([("none", "1e-4")])
+@example([(".", "1e-4")])
 def test_any_override_is_taken_or_refused_in_a_line(place, overrides):
     TRIED.append(None)
     given_ = [f"{key}={value}" for key, value in overrides]
