@@ -7,7 +7,7 @@ RUN ?= runs/round-s0
 SWEEP ?= configs/sweeps/toy.yaml
 SIZE ?= tiny
 JOBS ?= 2
-SCENARIOS ?= $(wildcard configs/scenarios/*.yaml)
+SCENARIOS ?= $(shell grep -l '^  $(SIZE):' configs/scenarios/*.yaml)
 
 .PHONY: help round run sweep scenarios report dashboard test theory theory-figure bench faults lint clean
 
@@ -42,7 +42,7 @@ sweep: $(READY)  ## arms x seeds of SWEEP, JOBS cells at a time; again: what is 
 	$(BIN)/loop sweep $(SWEEP) --jobs $(JOBS)
 
 # The page is written even if a cell failed: it says what is missing. Resumable: `nohup make scenarios &`, again later.
-scenarios: $(READY)  ## all of configs/scenarios at SIZE, then docs/findings.md; hours, resumable
+scenarios: $(READY)  ## those of configs/scenarios that have SIZE (toy, tiny, cpu, full), then docs/findings.md; hours, resumable
 	-OMP_NUM_THREADS=1 $(BIN)/loop sweep $(SCENARIOS) --size $(SIZE) --jobs $(JOBS)
 	$(BIN)/loop findings $(SCENARIOS) --size $(SIZE)
 

@@ -329,11 +329,10 @@ def judge(about: Mapping[str, Any], rows: pd.DataFrame) -> Finding | None:
     under = {
         audience: observe(about, rows, _instead(outcome, arm))[0] for audience, arm in (about["twins"] or {}).items()
     }
-    if word == SUPPORTED and under and not all(i.value * effect.value > 0 for i in under.values()):
-        word, note = (
-            REQUEST_ALONE,
-            "not the same sign under " + " and ".join(a for a, i in under.items() if not i.value * effect.value > 0),
-        )
+    # A sign is one that the interval shows: of two contrasts around 0 one in four has it by chance.
+    missing = [a for a, i in under.items() if not min(i.low * effect.value, i.high * effect.value) > 0]
+    if word == SUPPORTED and missing:
+        word, note = REQUEST_ALONE, f"the sign is not shown under {' and '.join(missing)}"
     if about["learner"] in SMALL and about["name"] not in MECHANICS:
         word, note = MECHANICS_ONLY, f"{about['learner']} cannot support it; by its numbers {word}"
     return Finding(outcome, effect, noise_floor(about, rows, outcome), word, note, under, last)

@@ -187,14 +187,21 @@ def test_a_small_learner_supports_mechanics_only(name, learner, word):
 
 
 @pytest.mark.parametrize(
-    ("no_request", "learned", "word"),
-    [(0.15, 0.15, "supported"), (0.05, 0.15, "through the request alone"), (0.15, 0.1, "through the request alone")],
+    ("no_request", "learned", "spread", "word"),
+    [
+        (0.15, 0.15, 0.01, "supported"),
+        (0.05, 0.15, 0.01, "through the request alone"),
+        (0.15, 0.1, 0.01, "through the request alone"),
+        (0.15, 0.15, 0.05, "through the request alone"),  # 0.05 +- 2.484 * 0.05: the mean rose, the interval holds 0
+    ],
 )
-def test_a_claim_about_a_persona_needs_the_same_sign_without_the_request_and_under_learned(no_request, learned, word):
-    # Round 0 is 0.1, so 0.05 fell, 0.1 stood still, and 0.15 rose.
+def test_a_claim_about_a_persona_needs_the_same_sign_without_the_request_and_under_learned(
+    no_request, learned, spread, word
+):
+    # Round 0 is 0.1, so 0.05 fell, 0.1 stood still, and 0.15 rose; seeds lie `spread` apart.
     values = RISES | {
-        "no_request": {s: [0.1, no_request] for s in range(3)},
-        "learned": {s: [0.1, learned] for s in range(3)},
+        arm: {s: [0.1, final + (s - 1) * spread] for s in range(3)}
+        for arm, final in {"no_request": no_request, "learned": learned}.items()
     }
     twins = {"no_request": "no_request", "learned": "learned"}
     assert scenario.judge(about(twins=twins), rows_of(values)).verdict == word
@@ -330,15 +337,18 @@ def test_a_table_that_is_not_ours_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
-def test_every_shipped_scenario_resolves_at_both_sizes_and_says_what_it_is_for(path):
+def test_every_shipped_scenario_resolves_at_its_sizes_and_says_what_it_is_for(path):
     head = path.read_text().splitlines()[:4]
     assert head[0].endswith("?")
     assert [line.split(":")[0] for line in head[1:]] == ["# Expected", "# Command", "# Time"]
-    for size in ("tiny", "full"):
+    sizes = sweep.load(path, size="tiny").file.sizes
+    assert {"tiny", "full"} <= sizes.keys() <= {"toy", "tiny", "cpu", "full"}
+    for size in sizes:
         loaded = sweep.load(path, size=size)
         assert loaded.file.primary is not None
         assert len(loaded.seeds) >= 5
-        assert all(c.n_rounds >= 6 for arm, c in loaded.arms.items() if "origin" not in arm)
+        least = 3 if size == "cpu" else 6
+        assert all(c.n_rounds >= least for arm, c in loaded.arms.items() if "origin" not in arm)
 
 
 @pytest.mark.parametrize("size", ["tiny", "full"])
