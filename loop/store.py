@@ -203,13 +203,17 @@ def _sha256(path: Path) -> str:
 
 def _walk(directory: Path, prefix: str = "") -> Iterator[str]:
     """Yields every entry below a directory that is not itself a directory, sorted, as a path with "/"."""
-    with _disk(directory), os.scandir(directory) as found:
-        entries = sorted(found, key=lambda entry: entry.name)
-    for entry in entries:
-        if entry.is_dir(follow_symlinks=False):
-            yield from _walk(Path(entry.path), f"{prefix}{entry.name}/")
+    with _disk(directory):
+        names = sorted(os.listdir(directory))  # scandir would stay open where a signal comes before its `with`
+    for name in names:
+        if _is_directory(directory / name):
+            yield from _walk(directory / name, f"{prefix}{name}/")
         else:
-            yield prefix + entry.name
+            yield prefix + name
+
+
+def _is_directory(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()
 
 
 def _fingerprint(data: bytes) -> dict[str, Any]:
@@ -1109,10 +1113,10 @@ def _checked(name: str, suffix: str = "") -> str:
 
 def _sync_all(directory: Path) -> None:
     """Makes the entries of a directory and of those below it durable, deepest first."""
-    with _disk(directory), os.scandir(directory) as found:
-        below = sorted(entry.path for entry in found if entry.is_dir(follow_symlinks=False))
+    with _disk(directory):
+        below = sorted(path for name in os.listdir(directory) if _is_directory(path := directory / name))
     for path in below:
-        _sync_all(Path(path))
+        _sync_all(path)
     _sync(directory)
 
 

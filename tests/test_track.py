@@ -75,14 +75,14 @@ def mirrors(run_dir):
     return sorted((run_dir.parent / "wandb").glob("*run-*-*-s0-*"))
 
 
-def kill_writer_of(pid):
-    """Kills W&B's own process of a mirror: it has a session of its own, and would write on beside the next mirror."""
+def writers_of(pid):
+    """W&B's own processes of a mirror that are at work; they outlive it for a moment."""
+    found = []
     for seen in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):
-            if f"--pid\0{pid}\0".encode() in seen.read_bytes():
-                os.kill(int(seen.parent.name), signal.SIGKILL)
-                while seen.exists() and seen.read_bytes():  # a zombie's is empty
-                    time.sleep(0.05)
+            if f"--pid\0{pid}\0".encode() in seen.read_bytes():  # a zombie's is empty
+                found.append(int(seen.parent.name))
+    return found
 
 
 def records(run_dir):
@@ -238,10 +238,17 @@ def test_a_mirror_killed_half_way_is_healed_by_a_replay_and_a_replay_again_chang
     os.killpg(half.pid, signal.SIGKILL)
     half.wait()
     half.stdin.close()
-    kill_writer_of(half.pid)
+    while writers_of(half.pid):  # killed too: W&B's own process has a session of its own
+        for pid in writers_of(half.pid):
+            os.kill(pid, signal.SIGKILL)
+        time.sleep(0.05)
     before = tree(copied)
     command = [sys.executable, "-m", "loop", "track", str(copied)]
-    said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+    whole = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    said, _ = whole.communicate(timeout=60)
+    assert whole.returncode == 0
+    while writers_of(whole.pid):  # one that is still closing its files would make the folder anew once it is removed
+        time.sleep(0.05)
     (first,) = mirrors(copied)
     assert f"{first.name}` shows it" in said
     assert [r["round_index"] for r in history(copied)] == [-1, 0, 1, 2]
