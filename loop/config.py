@@ -878,8 +878,8 @@ _UNION = re.compile(r"'(float|constrained-float|tuple\[[^']*|none)'")
 def _place(error: Any, origin: dict[tuple[str, ...], str]) -> tuple[str, ...]:
     """Where an error is: the location without names of branches, unless a key that was written is called so."""
     at: tuple[str, ...] = ()
-    for n_left, part in zip(range(len(error["loc"]) - 1, -1, -1), map(str, error["loc"]), strict=True):
-        written = (*at, part) in origin or (error["type"] == "extra_forbidden" and n_left == 0)
+    for k, part in enumerate(map(str, error["loc"]), start=1):
+        written = (*at, part) in origin or (error["type"] == "extra_forbidden" and k == len(error["loc"]))
         if written or not _BRANCH.match(part):
             at = (*at, part)
     return at

@@ -597,9 +597,10 @@ def recent(documents: Sequence[Document]) -> list[Document]:
     """
     out = []
     for d in documents:
-        turns = tuple(turn.split() for turn in d.prompt or ())
-        if any(len(turn) > MAX_PROMPT_WORDS for turn in turns):
-            d = replace(d, prompt=tuple(" ".join(turn[-MAX_PROMPT_WORDS:]) for turn in turns))
+        if any(len(turn) > 2 * MAX_PROMPT_WORDS for turn in d.prompt or ()):  # fewer characters cannot be more words
+            turns = [turn.split() for turn in d.prompt or ()]
+            if any(len(turn) > MAX_PROMPT_WORDS for turn in turns):
+                d = replace(d, prompt=tuple(" ".join(turn[-MAX_PROMPT_WORDS:]) for turn in turns))
         out.append(d)
     return out
 

@@ -297,7 +297,7 @@ class World:
             self.components[OPINIONS] = opinion.Opinions(held, homophily=config.real.homophily)
         for name, fold in (("chat", chat_fold), ("legacy", legacy_fold)):
             if name in self.components and name not in own:
-                self.components[name] = corpus.Listed(name, partial(_drawn, fold, "seed"))
+                self.components[name] = corpus.Listed(name, partial(_seed_fold, fold))
         for name in own.keys() & self.components.keys():
             if config.real.corpora[name].run is not None and name not in self.runs:
                 self.components[name] = corpus.Listed(name, partial(_not_read, name))
@@ -975,9 +975,9 @@ class World:
             groups += [persona] * len(found)
         if self.config.learner == "lm" and m.n_heldout:
             # One line per conversation: many lines of a few conversations would be a few draws.
-            by_conversation = {d.template_id: d for d in reversed(_drawn(chat_fold, "test"))}
+            by_conversation = {d.template_id: d for d in reversed(chat_fold("test"))}
             order = rng.stream(0, "heldout/chat", -1).permutation(len(by_conversation))[: m.n_heldout]
-            found = [list(by_conversation.values())[i] for i in order]
+            found = corpus.recent([list(by_conversation.values())[i] for i in order])
             documents += found
             groups += [""] * len(found)
         return documents, groups
@@ -1082,9 +1082,8 @@ def legacy_fold(fold: str) -> tuple[Document, ...]:
     return tuple(d for d in corpus.legacy().documents if records.conversation_fold(d.template_id or d.id) == fold)
 
 
-def _drawn(fold: Callable[[str], Sequence[Document]], name: str) -> list[Document]:
-    """A fold of found text as a model reads it."""
-    return corpus.recent(fold(name))
+def _seed_fold(fold: Callable[[str], Sequence[Document]]) -> list[Document]:
+    return corpus.recent(fold("seed"))
 
 
 def _own_corpus(name: str, settings: Corpus) -> list[Document]:

@@ -328,7 +328,10 @@ def battery(results: Path, jobs: int) -> int:
     options = ["-m", "faults or not faults", "-o", "junit_family=xunit1", f"--junitxml={results}", "--durations=10"]
     options += ["-n", str(jobs), "--dist", "worksteal", f"--basetemp={results.parent / 'runs'}"]
     command = [sys.executable, "-m", "pytest", *options, *nodes()]
-    return subprocess.run(command, cwd=ROOT, env=env, check=False).returncode
+    code = subprocess.run(command, cwd=ROOT, env=env, check=False).returncode
+    for scratch in ("runs", "bytecode"):  # they lie in memory; a battery that failed keeps its results alone
+        shutil.rmtree(results.parent / scratch, ignore_errors=True)
+    return code
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

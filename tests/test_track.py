@@ -240,7 +240,8 @@ def test_a_mirror_killed_half_way_is_healed_by_a_replay_and_a_replay_again_chang
     half.stdin.close()
     while writers_of(half.pid):  # killed too: W&B's own process has a session of its own
         for pid in writers_of(half.pid):
-            os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         time.sleep(0.05)
     before = tree(copied)
     command = [sys.executable, "-m", "loop", "track", str(copied)]
