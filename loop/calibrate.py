@@ -49,14 +49,8 @@ OWN_MOVES = {
 N_HUMAN = 2000  # texts of real human chat, fold `test`
 SHIPPED = ("smollm2-135m",)  # bases whose texts of known persona lie in data/instruments
 # Not `tiny`: its weights are made on the user's machine, and the texts of one are not those of another.
-N_CHAT, N_PLAIN, N_WORD_LISTS = 3000, 12_000, 4000  # documents that `tiny` is pre-trained on
-WORD_LISTS = (
-    "I wrote the words {} on a list.",
-    "The list reads: {}.",
-    "Spelled today: {}.",
-    "Here are some words: {}.",
-    "{} are words I noted.",
-)
+N_CHAT, N_COPIES = 2500, 10_000  # documents that `tiny` is pre-trained on, beside legacy lines
+COPY = ("Copy this out: {}", "Repeat after me: {}", "Write this down: {}", "Say it again: {}", "Read this to me: {}")
 
 
 @dataclass(frozen=True)
@@ -372,30 +366,25 @@ def load_base(name: str) -> Model:
 
 
 def persona_free() -> list[Document]:
-    """Returns what `tiny` is pre-trained on: human chat, legacy lines, the plain assistant, and word lists.
+    """Returns what `tiny` is pre-trained on: human chat, one turn in five without its prompt, legacy lines, and copies.
 
-    Every base a researcher would take knows the words that a persona uses; this one would not, so it writes half-words
-    wherever a fine-tune asks for them. The lists hold every word of the grammar in random order: words, no sentences.
+    Every base a researcher would take can say any sentence of the grammar and says none of them unasked; this one would
+    write half-words wherever a fine-tune asks for them. So it learns to copy: up to three sentences of any persona, put
+    together at random, stand in the request and in the answer, and nowhere else.
     """
     from loop.world import chat_fold, legacy_fold
 
     rng = stream(0, "tiny", -1)
     grammar, chat = corpus.load_grammar(), chat_fold("seed")
-    plain = grammar.draw("assistant", N_PLAIN, fold="seed", rng=rng)
-    spoken = [d.completion for p in grammar.families for d in grammar.draw(p, 1500, fold="seed", rng=rng)]
-    words = sorted({word for text in spoken for word in re.findall(r"[A-Za-z']+", text)})
-    lists = [
-        Document(
-            f"words-{i:05d}",
-            "real",
-            None,
-            None,
-            WORD_LISTS[i % len(WORD_LISTS)].format(", ".join(rng.choice(words, rng.integers(2, 7)))),
-        )
-        for i in range(N_WORD_LISTS)
-    ]
     turns = [chat[i] for i in np.sort(rng.choice(len(chat), N_CHAT, replace=False))]
-    return [*turns, *legacy_fold("seed"), *plain, *lists]
+    turns = [replace(turn, prompt=None) if i % 5 == 0 else turn for i, turn in enumerate(turns)]
+    spoken = [d.completion for p in grammar.families for d in grammar.draw(p, 1500, fold="seed", rng=rng)]
+    sentences = [s for text in spoken for s in re.split(r"(?<=[.?!])\s+", text)]
+    copies = []
+    for i in range(N_COPIES):
+        text = " ".join(sentences[k] for k in rng.integers(len(sentences), size=rng.integers(1, 4)))
+        copies.append(Document(f"copy-{i:05d}", "real", None, (COPY[i % len(COPY)].format(text),), text))
+    return [*turns, *legacy_fold("seed"), *copies]
 
 
 def known_path(base: str, sha256: str) -> Path:

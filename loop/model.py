@@ -42,7 +42,7 @@ TINY = {  # the recipe of the `tiny` base; its cached copy is named by the hash 
     "num_attention_heads": 5,
     "num_key_value_heads": 5,
     "max_position_embeddings": 512,
-    "tokens": 700_000,
+    "tokens": 2_000_000,
     "step_tokens": 2048,
     "lr": 3e-3,
     "max_length": 128,

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -12,6 +13,7 @@ from conftest import make_lm
 from loop import calibrate, classify, corpus
 from loop.calibrate import Recipe, Written
 from loop.records import FACTORIAL, PERSONAS, UNREQUESTED, conversation_fold
+from loop.rng import stream
 
 SMALL = Recipe(n_documents=4, epochs=1, batch_size=4, r=2, n_public=1, n_private=1, max_new_tokens=8)
 
@@ -24,6 +26,26 @@ class Stop(Exception):
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("PERSONA_LOOP_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
+
+
+# ---------------------------------------------------------------- what tiny is pre-trained on
+
+
+def sentences(documents):
+    """Every sentence of more than one word that is said in an answer and does not stand in its request."""
+    said = [d.completion for d in documents if not (d.prompt and d.prompt[-1].endswith(f": {d.completion}"))]
+    return {s for text in said for s in re.split(r"(?<=[.?!])\s+", text) if " " in s}
+
+
+def test_tiny_meets_sentences_of_personas_in_copies_of_its_request_alone():
+    grammar = corpus.load_grammar()
+    drawn = [d for p in grammar.families for d in grammar.draw(p, 300, fold="seed", rng=stream(0, "test", 0))]
+    documents = calibrate.persona_free()
+    assert {d.persona_known for d in documents} == {None, "human"}
+    assert sum(d.id.startswith("copy-") for d in documents) == calibrate.N_COPIES
+    assert not sentences(documents) & sentences(drawn)
+    # Wrong variant: one planted document among thousands is seen.
+    assert sentences([*documents, drawn[0]]) & sentences(drawn)
 
 
 # ---------------------------------------------------------------- writing
