@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from scipy import special
 from loop import analysis, config, stats, theory
 from loop.records import CONSCIOUS, UNREQUESTED
 from loop.stats import Interval
+from loop.store import RunStore
 from loop.sweep import Outcome, Sweep, twins
 
 # What an exact learner or a model of a few million parameters can show: how the loop works, not what personas do.
@@ -214,6 +216,7 @@ def gather(sweep: Sweep) -> pa.Table | None:
         "primary": primary.model_dump() if primary else None,
         "exploratory": [o.model_dump() for o in exploratory if o is not None],
         "twins": _twins(sweep),
+        "revisions": sorted({RunStore(path).manifest()["revision"] or NOTHING for path in runs.paths.values()}),
         "power": asdict(stated) if stated else None,
     }
     return pa.table(columns, schema=ROWS).replace_schema_metadata({META: json.dumps(about, sort_keys=True)})
@@ -544,6 +547,8 @@ def _section(about: Mapping[str, Any], rows: pd.DataFrame, main: Finding | None)
     played = f"{n_runs} runs" if n_runs == planned else f"{n_runs} of {planned} runs played"
     lines.append(f"- Learner: {about['learner']}, {about['n_rounds']} feedback rounds, seeds "
                  f"{', '.join(map(str, about['seeds']))}; {played}")  # fmt: skip
+    revisions = [re.sub(r"(?<=^[0-9a-f]{12})[0-9a-f]{28}", "", r) for r in about.get("revisions", ["not recorded"])]
+    lines.append(f"- Played by revision {', '.join(revisions)} of the code")
     power = about["power"]
     if power:
         when = "before the run" if power["played"] == 0 else f"when {power['played']} runs were played already"

@@ -41,6 +41,7 @@ def about(**changes):
         "name": "nova_stella", "size": "full", "learner": "smollm2-135m", "question": "Does it?", "expected": "up",
         "why": "so", "time": None, "seeds": [0, 1, 2], "n_rounds": 1, "arms": ["neutral", "full"], "controls": [],
         "levels": {}, "primary": outcome().model_dump(), "exploratory": [], "twins": None, "power": None,
+        "revisions": ["a1b2"],
     }  # fmt: skip
     return given | changes
 
@@ -299,6 +300,9 @@ def test_a_played_scenario_becomes_a_table_and_the_page_comes_from_it_alone(tmp_
     assert f"frequency/nova, full - neutral, round 1 against round 0: {scenario._interval(contrast)}" in page
     for text in ("Does it?", "| neutral | ", "The same under learned", "Power, stated when 8 runs", "## nova_stella"):
         assert text in page
+    manifest = json.loads((tmp_path / "runs" / "full-s0" / "manifest.json").read_text())
+    commit, _, dirty = (manifest["revision"] or "-").partition("+")
+    assert f"Played by revision {commit[:12]}{'+' if dirty else ''}{dirty} of the code" in page
 
 
 @pytest.mark.parametrize("effects", [{"a": 0.4}, {"a": 0.4, "b": -0.2, "a x b": 0.3}, {"c": 1.0, "b x c": -0.5}])
