@@ -116,8 +116,8 @@ def sweep(
     seeds: Annotated[str | None, typer.Option(help="in place of the file's, e.g. 0,1")] = None,
     runs_dir: Annotated[Path | None, typer.Option(help="in place of the file's")] = None,
     ray: Annotated[str | None, typer.Option(help="auto, or host:port of a cluster; runs_dir must be shared")] = None,
-    cell_cpus: Annotated[float, typer.Option(min=0, help="CPUs a cell asks Ray for")] = 1,
-    cell_gpus: Annotated[float, typer.Option(min=0, help="GPUs, or part of one, a cell asks Ray for")] = 0,
+    cell_cpus: Annotated[float | None, typer.Option(min=0, help="with --ray: CPUs a cell asks for, 1")] = None,
+    cell_gpus: Annotated[float | None, typer.Option(min=0, help="with --ray: GPUs, or part of one, 0")] = None,
     quiet: Quiet = False,
     allow_drift: Annotated[bool, typer.Option(help="resume though packages or instruments changed; recorded")] = False,
     track: Track = None,
@@ -128,13 +128,17 @@ def sweep(
     from loop import scenario
     from loop import sweep as sweeps
 
+    if ray is None and (cell_cpus is not None or cell_gpus is not None):
+        raise typer.BadParameter("--cell-cpus and --cell-gpus need --ray; here --jobs divides cores and GPUs")
     loaded = [sweeps.load(p, size=size, seeds=_seeds(seeds), runs_dir=runs_dir) for p in paths]
     plan = sweeps.cells(loaded)
     for folder in dict.fromkeys(Path(cell.config.runs_dir) for cell in plan):
         sweeps.prepare(folder)
     for one in loaded:
         scenario.state_power(one)
-    workers = sweeps.Local(min(jobs, len(plan))) if ray is None else sweeps.Ray(ray, cpus=cell_cpus, gpus=cell_gpus)
+    workers: sweeps.Workers = sweeps.Local(min(jobs, len(plan)))
+    if ray is not None:
+        workers = sweeps.Ray(ray, cpus=1 if cell_cpus is None else cell_cpus, gpus=cell_gpus or 0)
     with sweeps.table(plan, quiet=quiet) as watch:
         results = sweeps.play(
             plan, workers, allow_drift=allow_drift, track=track is not None, remote=ray is not None, watch=watch
@@ -153,8 +157,8 @@ def _seeds(text: str | None) -> list[int] | None:
     if text is None:
         return None
     parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdigit() for part in parts):
-        raise typer.BadParameter(f"--seeds must be numbers and commas, e.g. 0,1,2, got {text!r}")
+    if not all(part.isascii() and part.isdecimal() and int(part) < 2**63 for part in parts):
+        raise typer.BadParameter(f"--seeds must be numbers below 2**63 and commas, e.g. 0,1,2, got {text!r}")
     return [int(part) for part in parts]
 
 
@@ -173,7 +177,7 @@ def findings(
 
     for path in paths:
         print(scenario.write(sweeps.load(path, size=size, runs_dir=runs_dir), out))
-    page = out.with_suffix(".md")
+    page = out.resolve().with_name(f"{out.resolve().name}.md")
     page.write_text(scenario.page(out), encoding="utf-8")
     print(page)
 

@@ -593,21 +593,27 @@ def persona_contrasts(runs: Runs, pairs: Pairs, family: str) -> tuple[list[Contr
 def metric_contrasts(runs: Runs, pairs: Pairs, metric: str) -> list[Contrast]:
     """Change of any metric against the control, its members (`belief`, `belief/nova`, ...) as rows, Holm over them.
 
+    Of a metric that is measured over all strata and in each, over all; of one that lives in strata, in each.
+
     Raises:
       ValueError: no run has such a metric.
     """
     mine = _of(runs, pairs)
     rows = mine.metrics
     hit = rows[(rows["name"] == metric) | rows["name"].str.startswith(f"{metric}/")]
-    hit = hit[hit["stratum"].isna() | (hit["stratum"] == "private")]
     if hit.empty:
         known = ", ".join(sorted({n.partition("/")[0] for n in rows["name"]}))
         raise ValueError(f"--metric must be one of {known}, got {metric!r}")
+    hit = hit.assign(stratum=hit["stratum"].fillna(""))
+    overall = hit.groupby(["population", "name"])["stratum"].transform("min") == ""
+    hit = hit[~overall | (hit["stratum"] == "")]
     found = []
-    for (population, name), group in hit.groupby(["population", "name"], sort=True):
-        stratum = None if group["stratum"].isna().all() else "private"
+    for (population, name, at), _ in hit.groupby(["population", "name", "stratum"], sort=True):
+        stratum = at or None
         value, se = _tables(mine, {name: name}, population=population, stratum=stratum)
-        shown = name if population in ("probes", "heldout") else f"{name} ({population})"
+        where = [stratum] if stratum not in (None, "private") else []
+        where += [population] if population not in ("probes", "heldout") else []
+        shown = f"{name} ({', '.join(where)})" if where else name
         found.append(_contrast(name, pairs, _Tables(value, se), {name: 1.0}))
         found[-1] = replace(found[-1], name=shown)
     return _with_holm(found)
@@ -1406,19 +1412,20 @@ class Effect:
 
 
 def factorial(
-    factors: Sequence[str], cells: Mapping[tuple[int, ...], Mapping[int, float]], *, n_outputs: float
+    factors: Sequence[str], cells: Mapping[tuple[int, ...], Mapping[int, float]], *, n_outputs: float | None
 ) -> list[Effect]:
     """Main effects and two-way interactions of a full two-level factorial on the logit scale, paired by seed.
 
     With y the logit of a share, half an output added to each side, an effect is the mean of y over the cells where the
     product of its factors' signs is + minus its mean where it is -. Special case: with x = +-1,
     y = a + b * x1 + c * x1 * x2 gives 2 b for factor 1, 2 c for "1 x 2", and 0 for factor 2. Signs are orthogonal, so
-    effects do not mix.
+    effects do not mix. Where a share is 0 or 1 its logit is +-log(2 * n_outputs + 1), a matter of how many outputs were
+    read: an effect of log odds over such cells is a bound, and the effect on the share itself is the one to read.
 
     Args:
       factors: names.
       cells: levels, 0 or 1 per factor -> seed -> share in [0, 1]; all 2**n cells.
-      n_outputs: outputs behind a share, > 0.
+      n_outputs: outputs behind a share, > 0; None: y is the share itself.
 
     Returns:
       Main effects in the order of factors, then pairs; a seed that lacks a cell is left out of all.
@@ -1432,8 +1439,10 @@ def factorial(
     order = sorted(cells)
     seeds = sorted(set.intersection(*(set(cells[c]) for c in order)))
     share = np.array([[cells[c][s] for c in order] for s in seeds]).reshape(len(seeds), len(order))
-    v = (share * n_outputs + 0.5) / (n_outputs + 1)
-    y = np.log(v / (1 - v))  # (n_seeds, n_cells)
+    y = share  # (n_seeds, n_cells)
+    if n_outputs is not None:
+        v = (share * n_outputs + 0.5) / (n_outputs + 1)
+        y = np.log(v / (1 - v))
     sign = 2 * np.array(order) - 1  # (n_cells, n_factors)
     contrasts = {name: sign[:, k] for k, name in enumerate(factors)}
     contrasts |= {

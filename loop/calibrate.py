@@ -49,7 +49,7 @@ OWN_MOVES = {
 N_HUMAN = 2000  # texts of real human chat, fold `test`
 SHIPPED = ("smollm2-135m",)  # bases whose texts of known persona lie in data/instruments
 # Not `tiny`: its weights are made on the user's machine, and the texts of one are not those of another.
-N_CHAT, N_COPIES = 2500, 10_000  # documents that `tiny` is pre-trained on, beside legacy lines
+N_CHAT, N_COPIES = 2500, 10_000  # documents that `tiny` is pre-trained on
 COPY = ("Copy this out: {}", "Repeat after me: {}", "Write this down: {}", "Say it again: {}", "Read this to me: {}")
 
 
@@ -366,13 +366,13 @@ def load_base(name: str) -> Model:
 
 
 def persona_free() -> list[Document]:
-    """Returns what `tiny` is pre-trained on: human chat, one turn in five without its prompt, legacy lines, and copies.
+    """Returns what `tiny` is pre-trained on: human chat, one turn in five without its prompt, and copies.
 
     Every base a researcher would take can say any sentence of the grammar and says none of them unasked; this one would
     write half-words wherever a fine-tune asks for them. So it learns to copy: up to three sentences of any persona, put
     together at random, stand in the request and in the answer, and nowhere else.
     """
-    from loop.world import chat_fold, legacy_fold
+    from loop.world import chat_fold
 
     rng = stream(0, "tiny", -1)
     grammar, chat = corpus.load_grammar(), chat_fold("seed")
@@ -384,7 +384,7 @@ def persona_free() -> list[Document]:
     for i in range(N_COPIES):
         text = " ".join(sentences[k] for k in rng.integers(len(sentences), size=rng.integers(1, 4)))
         copies.append(Document(f"copy-{i:05d}", "real", None, (COPY[i % len(COPY)].format(text),), text))
-    return [*turns, *legacy_fold("seed"), *copies]
+    return [*turns, *copies]
 
 
 def known_path(base: str, sha256: str) -> Path:

@@ -166,6 +166,8 @@ def find(places: Sequence[str | Path], *, size: str | None = None) -> tuple[Runs
     folders: list[Path] = []
     lines: list[str] = []
     names = []
+    if size is not None and not any(str(place).endswith((".yaml", ".yml")) for place in places):
+        raise ValueError(f"--size must go with a sweep file, got {size!r} and runs alone; leave it out")
     for place in map(Path, places):
         if place.suffix not in (".yaml", ".yml") or place.is_dir():
             folders.append(place)

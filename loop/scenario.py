@@ -56,7 +56,11 @@ ROWS = pa.schema(
         ("n", pa.float64()),
     ]
 )
-META = b"scenario"  # key of the Parquet file's metadata that holds what the page says beside the numbers
+ABOUT = {
+    *("name", "size", "learner", "question", "expected", "why", "time", "seeds", "n_rounds", "arms", "controls"),
+    *("levels", "primary", "exploratory", "twins", "revisions", "power"),
+}  # what the page says beside the numbers
+META = b"scenario"  # key of the Parquet file's metadata that holds it
 
 
 # Power, before the run ----------------------------------------------------------------------------------------------
@@ -87,8 +91,8 @@ class Stated:
 def state_power(sweep: Sweep) -> Stated | None:
     """States the power of the primary outcome and keeps it beside the runs; said once, before the first is played.
 
-    Asked again it returns what was said, unless the outcome, the seeds or the arm have changed; then it is said anew,
-    with the number of cells that were played by then.
+    Asked again it returns what was said. If the outcome, the seeds or the arm have changed it is said anew, with the
+    number of cells that were played by then; what was said before stays in the file, a line each.
     """
     primary = sweep.file.primary
     if primary is None:
@@ -96,9 +100,9 @@ def state_power(sweep: Sweep) -> Stated | None:
     arm = next(iter(sweep.arms)) if sweep.file.factors else primary.sides[0]
     said = json.dumps([primary.model_dump(), list(sweep.seeds), config.to_yaml(sweep.arms[arm])])
     stamp = hashlib.sha256(said.encode()).hexdigest()[:16]
-    path = sweep.runs_dir / f"{sweep.name}.power.json"
-    if path.exists():
-        before = Stated(**json.loads(path.read_text(encoding="utf-8")))
+    path = sweep.runs_dir / f"{sweep.name}.power.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    for before in (Stated(**json.loads(line)) for line in lines):
         if before.stamp == stamp:
             return before
     played = sum((sweep.run_dir(a, s) / "round_001").is_dir() for a in sweep.arms for s in sweep.seeds)
@@ -113,7 +117,8 @@ def state_power(sweep: Sweep) -> Stated | None:
         else:
             stated = Stated(_detectable(primary, sd, n), sd, n, source, played, stamp)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(asdict(stated), indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    lines.append(json.dumps(asdict(stated), sort_keys=True))
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return stated
 
 
@@ -233,12 +238,11 @@ def _as_measured(outcome: Outcome, metrics: pd.DataFrame) -> Outcome:
 
 
 def _twins(sweep: Sweep) -> dict[str, str | None] | None:
-    """Arms under which a claim must keep its sign; None where the claim is not made under audience full."""
+    """Contrasts under which a claim must keep its sign; None where the claim is not made under audience full."""
     primary = sweep.file.primary
     if primary is None or sweep.file.factors or primary.direction == "none":
         return None
-    left, _ = primary.sides
-    return twins(sweep, left) if sweep.arms[left].virality.audience == "full" else None
+    return twins(sweep, primary) if sweep.arms[primary.sides[0]].virality.audience == "full" else None
 
 
 def write(sweep: Sweep, folder: Path) -> str:
@@ -258,11 +262,17 @@ def read(path: Path) -> tuple[dict[str, Any], pd.DataFrame]:
     Raises:
       ValueError: if the file is no such table.
     """
-    file = pq.ParquetFile(path)
-    meta = file.metadata.metadata or {}
-    if META not in meta:
-        raise ValueError(f"table must be written by `loop findings`, got another at {path}; remove it")
-    about: dict[str, Any] = json.loads(meta[META])
+    try:
+        file = pq.ParquetFile(path)
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(
+            f"table must be Parquet, got {' '.join(str(error).split())[:120]} at {path}; remove it"
+        ) from None
+    about: dict[str, Any] = json.loads((file.metadata.metadata or {}).get(META, b"{}"))
+    if not about.keys() >= ABOUT or file.schema_arrow.names != ROWS.names:
+        raise ValueError(
+            f"table must be written by this version's `loop findings`, got another at {path}; write it anew"
+        )
     return about, file.read(use_threads=False).to_pandas()
 
 
@@ -329,22 +339,32 @@ def judge(about: Mapping[str, Any], rows: pd.DataFrame) -> Finding | None:
     outcome = Outcome.model_validate(about["primary"])
     effect, p, last = observe(about, rows, outcome)
     word, note = verdict(effect, outcome, equivalence=p)
-    under = {
-        audience: observe(about, rows, _instead(outcome, arm))[0] for audience, arm in (about["twins"] or {}).items()
-    }
+    twins = {audience: _instead(outcome, contrast) for audience, contrast in (about["twins"] or {}).items()}
+    under = {audience: observe(about, rows, twin)[0] for audience, twin in twins.items()}
     # A sign is one that the interval shows: of two contrasts around 0 one in four has it by chance.
     missing = [a for a, i in under.items() if not min(i.low * effect.value, i.high * effect.value) > 0]
     if word == SUPPORTED and missing:
-        word, note = REQUEST_ALONE, f"the sign is not shown under {' and '.join(missing)}"
+        note = f"the sign is not shown under {' and '.join(missing)}"
+        # That it is not shown there is no evidence that it is not there; that the effect is smaller there is.
+        smaller = [a for a in missing if _less(about, rows, outcome, twins[a])]
+        word = REQUEST_ALONE if "no_request" in smaller else INCONCLUSIVE
+        note += f"; shown to be smaller under {' and '.join(smaller)}" if smaller else ""
     if about["learner"] in SMALL and about["name"] not in MECHANICS:
         word, note = MECHANICS_ONLY, f"{about['learner']} cannot support it; by its numbers {word}"
     return Finding(outcome, effect, noise_floor(about, rows, outcome), word, note, under, last)
 
 
-def _instead(outcome: Outcome, arm: str) -> Outcome:
-    """The same outcome with another arm on its left side."""
-    control = outcome.sides[1]
-    return outcome.model_copy(update={"contrast": arm if control is None else f"{arm} - {control}"})
+def _instead(outcome: Outcome, contrast: str) -> Outcome:
+    """The same outcome of another contrast."""
+    return outcome.model_copy(update={"contrast": contrast})
+
+
+def _less(about: Mapping[str, Any], rows: pd.DataFrame, outcome: Outcome, other: Outcome) -> bool:
+    """Whether the interval over seeds shows the other effect to lie further down the expected direction."""
+    ours, theirs = _by_seed(about, rows, outcome), _by_seed(about, rows, other)
+    sign = 1 if outcome.direction == "up" else -1
+    difference = np.array([sign * (ours[s] - theirs[s]) for s in sorted(ours) if s in theirs])
+    return bool(analysis.over_seeds(difference)[0].low > 0)
 
 
 def explore(about: Mapping[str, Any], rows: pd.DataFrame) -> list[Finding]:
@@ -361,19 +381,22 @@ def explore(about: Mapping[str, Any], rows: pd.DataFrame) -> list[Finding]:
 
 def observe(about: Mapping[str, Any], rows: pd.DataFrame, outcome: Outcome) -> tuple[Interval, float, int | None]:
     """An outcome over seeds: its interval, the p-value of equivalence within its margin, and the final round."""
-    if outcome.contrast in _factors(about):
-        found = {e.name: e for e in factorial(about, rows, outcome)}
-        values = list(found[outcome.contrast].by_seed)
-    else:
-        left, right = outcome.sides
-        ours, last = change(rows, outcome, left)
-        theirs = change(rows, outcome, right)[0] if right else dict.fromkeys(ours, 0.0)
-        values = [ours[s] - theirs[s] for s in sorted(ours) if s in theirs]
-    last = _last(rows, outcome)
-    v = np.array(values, dtype=float)
+    v = np.array(list(_by_seed(about, rows, outcome).values()), dtype=float)
     effect, _ = analysis.over_seeds(v)
     tested = outcome.margin > 0 and math.isfinite(effect.low)
-    return effect, stats.equivalence_over_seeds(v, outcome.margin) if tested else math.nan, last
+    equivalence = stats.equivalence_over_seeds(v, outcome.margin) if tested else math.nan
+    return effect, equivalence, _last(rows, outcome)
+
+
+def _by_seed(about: Mapping[str, Any], rows: pd.DataFrame, outcome: Outcome) -> dict[int, float]:
+    """Seed -> effect, in the order of the seeds; seeds without all it takes are left out."""
+    if outcome.contrast in _factors(about):
+        found = {e.name: e for e in factorial(about, rows, outcome)}
+        return dict(enumerate(found[outcome.contrast].by_seed))
+    left, right = outcome.sides
+    ours = change(rows, outcome, left)[0]
+    theirs = change(rows, outcome, right)[0] if right else dict.fromkeys(ours, 0.0)
+    return {s: ours[s] - theirs[s] for s in sorted(ours) if s in theirs}
 
 
 def change(rows: pd.DataFrame, outcome: Outcome, arm: str) -> tuple[dict[int, float], int | None]:
@@ -456,21 +479,31 @@ def _factors(about: Mapping[str, Any]) -> list[str]:
     return list(next(iter(levels.values()))) if levels else []
 
 
-def factorial(about: Mapping[str, Any], rows: pd.DataFrame, outcome: Outcome) -> list[analysis.Effect]:
+def factorial(
+    about: Mapping[str, Any], rows: pd.DataFrame, outcome: Outcome, *, of_share: bool = False
+) -> list[analysis.Effect]:
     """Main effects and two-way interactions of a factorial sweep on the final level of a share; see analysis.
+
+    Args:
+      of_share: effects on the share, in place of its log odds.
 
     Raises:
       ValueError: if the metric is a weighted sum, whose logit means nothing.
     """
     if len(outcome.parts) != 1:
         raise ValueError(f"metric of a factorial must be one share, got {', '.join(outcome.parts)}")
+    n_outputs = None if of_share else _outputs(rows, outcome, _last(rows, outcome))
+    return analysis.factorial(_factors(about), _cells(about, rows, outcome), n_outputs=n_outputs)
+
+
+def _cells(about: Mapping[str, Any], rows: pd.DataFrame, outcome: Outcome) -> dict[tuple[int, ...], dict[int, float]]:
+    """Levels of a factorial's factors -> seed -> final level of the outcome's metric."""
     last = _last(rows, outcome)
-    names = _factors(about)
-    cells: dict[tuple[int, ...], dict[int, float]] = {}
+    found: dict[tuple[int, ...], dict[int, float]] = {}
     for arm, level in about["levels"].items():
-        found = {} if last is None else _levels(rows, outcome, arm, (last,))
-        cells[tuple(level[f] for f in names)] = {seed: v[last][0] for seed, v in found.items() if last is not None}
-    return analysis.factorial(names, cells, n_outputs=_outputs(rows, outcome, last))
+        at = {} if last is None else _levels(rows, outcome, arm, (last,))
+        found[tuple(level[f] for f in _factors(about))] = {s: v[last][0] for s, v in at.items() if last is not None}
+    return found
 
 
 def _outputs(rows: pd.DataFrame, outcome: Outcome, last: int | None) -> float:
@@ -509,7 +542,9 @@ def page(folder: Path) -> str:
         "",
         "Written by `loop findings` from the tables in `docs/findings/` alone (`make scenarios` plays the runs behind",
         "them). The verdict on a scenario follows from its one primary outcome; everything else is exploratory.",
-        "Intervals are 95%, Student over seeds, arms paired by seed. `tiny` and `toy` can support mechanics only.",
+        "Intervals are 95%, Student over seeds, arms paired by seed. At `toy` and `tiny` a scenario has a verdict if",
+        f"it asks how the loop works ({', '.join(MECHANICS)});",
+        "where it asks what personas do it says mechanics only.",
         "Floor: the mean |effect| that measuring the same models twice would show; an effect no larger tells nothing.",
         "",
     ]
@@ -547,7 +582,7 @@ def _section(about: Mapping[str, Any], rows: pd.DataFrame, main: Finding | None)
     played = f"{n_runs} runs" if n_runs == planned else f"{n_runs} of {planned} runs played"
     lines.append(f"- Learner: {about['learner']}, {about['n_rounds']} feedback rounds, seeds "
                  f"{', '.join(map(str, about['seeds']))}; {played}")  # fmt: skip
-    revisions = [re.sub(r"(?<=^[0-9a-f]{12})[0-9a-f]{28}", "", r) for r in about.get("revisions", ["not recorded"])]
+    revisions = [re.sub(r"(?<=^[0-9a-f]{12})[0-9a-f]{28}", "", r) for r in about["revisions"]]
     lines.append(f"- Played by revision {', '.join(revisions)} of the code")
     power = about["power"]
     if power:
@@ -558,12 +593,14 @@ def _section(about: Mapping[str, Any], rows: pd.DataFrame, main: Finding | None)
     if main is None:
         lines.append(f"- Verdict: **{DEMONSTRATION}**; the file names no primary outcome")
     else:
-        final = "" if main.last_round is None else f", round {main.last_round} against round 0"
+        against = "" if about["levels"] else " against round 0"  # effects of factors are on the level
+        final = "" if main.last_round is None else f", round {main.last_round}{against}"
         lines.append(f"- Primary: {_asked(main.outcome)}{final}: {_observed(main)} over {main.effect.n} paired "
                      f"seeds, noise floor {_floor(main.floor)}")  # fmt: skip
         for audience, interval in main.under.items():
-            floor = noise_floor(about, rows, _instead(main.outcome, about["twins"][audience]))
-            lines.append(f"- The same under {audience}: {_interval(interval)}, noise floor {_floor(floor)}")
+            contrast = about["twins"][audience]
+            floor = noise_floor(about, rows, _instead(main.outcome, contrast))
+            lines.append(f"- The same under {audience}, {contrast}: {_interval(interval)}, noise floor {_floor(floor)}")
         lines.append(f"- Verdict: **{main.verdict}**{_why(main)}")
         if about["controls"]:
             lines += ["", f"| control | change of {_metric(main.outcome)} | floor |", "|---|---|---|"]
@@ -579,10 +616,19 @@ def _section(about: Mapping[str, Any], rows: pd.DataFrame, main: Finding | None)
             for f in rest
         ]
     if about["levels"] and main is not None:
-        lines += ["", "| effect, log odds | observed | p (Holm) |", "|---|---|---|"]
-        for e in factorial(about, rows, main.outcome):
+        shares = factorial(about, rows, main.outcome, of_share=True)
+        lines += ["", "| effect | on log odds | p (Holm) | on the share |", "|---|---|---|---|"]
+        for e, share in zip(factorial(about, rows, main.outcome), shares, strict=True):
             p = NOTHING if math.isnan(e.p_holm) else f"{e.p_holm:.2g}"
-            lines.append(f"| {e.name} | {_interval(e.interval)} | {p} |")
+            lines.append(f"| {e.name} | {_interval(e.interval)} | {p} | {_interval(share.interval)} |")
+        values = [v for cell in _cells(about, rows, main.outcome).values() for v in cell.values()]
+        if at_end := sum(v in (0, 1) for v in values):
+            lines += [
+                "",
+                f"In {at_end} of {len(values)} cells the share is 0 or 1. There the log odds say how many outputs were "
+                "read (half of one is added to each side): effects on them are bounds, interactions with the factor "
+                "that makes them 0 or 1 repeat main effects, and the share is the scale to read.",
+            ]
     return lines + _beside(about, rows)
 
 
@@ -612,7 +658,7 @@ def _health(about: Mapping[str, Any], rows: pd.DataFrame) -> list[str]:
     names = [n for n, _ in HEALTH if n in set(at["metric"])]
     if not names:
         return []
-    control, why = _health_control(about)
+    control, why = _health_control(about, set(at["arm"]))
     lines = ["", f"| health, {why} | " + " | ".join(names) + " |", "|---|" + "---|" * len(names)]
     for arm in about["arms"]:
         cells = []
@@ -631,12 +677,12 @@ def _health(about: Mapping[str, Any], rows: pd.DataFrame) -> list[str]:
     return lines
 
 
-def _health_control(about: Mapping[str, Any]) -> tuple[str | None, str]:
-    """The arm that health is read against, and in words: real_only, else the first control the scenario has."""
-    primary = None if about["primary"] is None else Outcome.model_validate(about["primary"]).sides[1]
-    if "real_only" in about["arms"]:
+def _health_control(about: Mapping[str, Any], played: set[str]) -> tuple[str | None, str]:
+    """The arm that health is read against, and in words: real_only, else the first control that is played."""
+    if "real_only" in played:
         return "real_only", "difference to real_only (mean)"
-    control = next(iter(about["controls"]), primary)
+    primary = None if about["primary"] is None else Outcome.model_validate(about["primary"]).sides[1]
+    control = next((arm for arm in (*about["controls"], primary) if arm in played), None)
     if control is None:
         return None, "means; there is no control here"
     return control, f"difference to {control} (mean); there is no real_only here"

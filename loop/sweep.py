@@ -14,6 +14,7 @@ import importlib
 import json
 import multiprocessing
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -39,6 +40,7 @@ from rich.text import Text
 
 from loop import config as configs
 from loop.config import Config, ConfigError
+from loop.records import POPULATIONS, STRATA
 
 # What round 0 does not read, so that arms may differ in it and share round 0: tests/test_sweep.py plays each both ways.
 # A key that is not named here counts as read.
@@ -61,6 +63,7 @@ BEFORE_ATTENTION = (*LATER, "virality")
 RETRIES = 3  # of a cell whose Ray node died; a cell that raised is not tried again before the next command
 LOCK_WAIT = 120  # seconds a retry waits: the lock of a dead node ends with its NFS lease, 90 s by default
 REASON = 240  # characters of the line that says why a cell failed
+BY_PERSONA = ("frequency", "frequency_observed", "belief", "belief_observed", "differential", "acceptance", "surprisal")
 TOKEN = ".sweep"  # in runs_dir: tells a Ray node that it sees the same directory as the driver
 
 Seeds = Annotated[tuple[Annotated[int, Field(ge=0, lt=2**63)], ...], Field(min_length=1)]
@@ -73,7 +76,9 @@ class _Section(BaseModel):
 class Outcome(_Section):
     """A number that a sweep is read for: change from round 0 to the final round, between arms, paired by seed."""
 
-    metric: str | dict[str, float] = Field(description="a metric, or a weighted sum: {frequency/nova: 1, ...}")
+    metric: str | Annotated[dict[str, Annotated[float, Field(allow_inf_nan=False)]], Field(min_length=1)] = Field(
+        description="a metric, or a weighted sum: {frequency/nova: 1, ...}"
+    )
     population: str = "probes"
     stratum: str | None = None
     contrast: str = Field(description="ARM - CONTROL; ARM: its change alone; a factor of the sweep: its main effect")
@@ -95,6 +100,8 @@ class Outcome(_Section):
     def _none_needs_a_margin(self) -> Outcome:
         if self.direction == "none" and self.margin == 0:
             raise ValueError("margin must be > 0 for direction none, got 0; an effect of exactly 0 cannot be shown")
+        if self.sides[0] == self.sides[1]:
+            raise ValueError(f"contrast must be of two arms, got {self.sides[0]} twice; name its control")
         return self
 
 
@@ -283,7 +290,8 @@ def load(
         try:
             settings = Size.model_validate(settings.model_dump() | {"seeds": tuple(seeds)})
         except ValidationError as error:
-            raise ConfigError([f"--seeds: {e['msg']}" for e in error.errors()]) from None
+            wrong = [e["msg"].removeprefix("Value error, ") for e in error.errors()]
+            raise ConfigError([f"--seeds: {text}" for text in wrong]) from None
     where = Path(runs_dir or settings.runs_dir or f"runs/{path.stem}")
     arms, levels = _arms(file)
     prefix = ("sizes", chosen) if file.sizes else ()
@@ -300,12 +308,16 @@ def load(
         try:
             resolved[arm] = configs.load(path.parent / settings.base, [*common, *_overrides(changes), *head])
         except ConfigError as error:
+            unchanged = _problems_of(path.parent / settings.base, [*common, *head])
             for problem in error.problems:
-                said = problem.removeprefix("command line: ")
-                key = said.partition(": ")[0]
-                mine = key in changes or not any(k == key or k.startswith(f"{key}.") for k in settings.overrides)
-                line = place(*(at if mine else (*prefix, "overrides")), key)
-                problems.append(problem if said == problem else f"{line}: {f'arm {arm}: ' if mine else ''}{said}")
+                said = re.sub(r"^(command line|\S+\.ya?ml(:\d+)?): ", "", problem)
+                mine = _key(said, changes)
+                if problem not in unchanged or mine is not None:
+                    problems.append(f"{place(*at, *([mine] if mine else []))}: arm {arm}: {said}")
+                elif (common_key := _key(said, settings.overrides)) is not None:
+                    problems.append(f"{place(*prefix, 'overrides', common_key)}: {said}")
+                else:
+                    problems.append(problem)
     problems = list(dict.fromkeys(problems))
     same: dict[str, str] = {}
     for arm, config in resolved.items():
@@ -344,6 +356,20 @@ def _overrides(changes: Mapping[str, Any]) -> list[str]:
     ]  # JSON is YAML, and has no bare `null` traps
 
 
+def _problems_of(base: Path, overrides: Sequence[str]) -> list[str]:
+    try:
+        configs.load(base, overrides)
+    except ConfigError as error:
+        return error.problems
+    return []
+
+
+def _key(said: str, changes: Mapping[str, Any]) -> str | None:
+    """The changed key that a problem is about: it names that key, one below it, or the section it lies in."""
+    at = said.partition(": ")[0]
+    return next((k for k in changes if k == at or k.startswith(f"{at}.") or at.startswith(f"{k}.")), None)
+
+
 def _problems(sweep: Sweep, place: Callable[..., str]) -> list[str]:
     """What is wrong with the outcomes and controls of a file whose arms are sound."""
     file, found = sweep.file, []
@@ -358,26 +384,62 @@ def _problems(sweep: Sweep, place: Callable[..., str]) -> list[str]:
             if side is not None and side not in sweep.arms and (side not in file.factors or outcome.sides[1]):
                 close = configs._did_you_mean(side, {*sweep.arms, *file.factors})
                 found.append(f"{place(key, 'contrast')}: {key}.contrast: unknown arm {side!r}{close}")
+        if not any(problem.startswith(place(key)) for problem in found):
+            found += [f"{place(key)}: {key}.{said}" for said in _unmeasured(sweep, outcome)]
     if file.primary and not found and file.primary.direction != "none" and not file.factors:
-        left, _ = file.primary.sides
-        lacking = [a for a, arm in twins(sweep, left).items() if arm is None]
+        left, right = file.primary.sides
+        lacking = [audience for audience, contrast in twins(sweep, file.primary).items() if contrast is None]
         if sweep.arms[left].virality.audience == "full" and lacking:
+            paid = " and ".join(a for a in (left, right) if a is not None and sweep.arms[a].virality.audience == "full")
             found.append(
                 f"{place('primary', 'contrast')}: primary.contrast: a claim made under audience full needs arms that "
-                f"differ from {left} in virality.audience alone: {' and '.join(lacking)}; add them"
+                f"differ from {paid} in virality.audience alone: {' and '.join(lacking)}; add them"
             )
     return found
 
 
-def twins(sweep: Sweep, arm: str) -> dict[str, str | None]:
-    """Arms that differ from `arm` in the audience alone: no_request and learned, which a claim must hold under too."""
+def _unmeasured(sweep: Sweep, outcome: Outcome) -> list[str]:
+    """What an outcome asks of that no run of the sweep will measure: found now, not after hours of play."""
+    side = outcome.sides[0]
+    settings = sweep.arms[side if side in sweep.arms else next(iter(sweep.arms))]
+    found = []
+    if outcome.population not in POPULATIONS:
+        close = configs._did_you_mean(outcome.population, POPULATIONS)
+        found.append(f"population: unknown population {outcome.population!r}{close}")
+    if outcome.stratum is not None and outcome.stratum not in STRATA:
+        found.append(f"stratum: unknown stratum {outcome.stratum!r}{configs._did_you_mean(outcome.stratum, STRATA)}")
+    elif outcome.population == "probes" and outcome.stratum not in (None, *settings.measure.strata):
+        found.append(f"stratum: {outcome.stratum} must be one of measure.strata; add it there")
+    personas = {*(p for arm in sweep.arms.values() for p in arm.personas), "unknown"}
+    for name in outcome.parts:
+        head, slash, persona = name.partition("/")
+        if slash and head in BY_PERSONA and persona not in personas:
+            found.append(f"metric: unknown persona {persona!r} in {name}{configs._did_you_mean(persona, personas)}")
+    return found
+
+
+def twins(sweep: Sweep, outcome: Outcome) -> dict[str, str | None]:
+    """The same contrast under no_request and under learned, which a claim must hold under too; None: no such arms.
+
+    A side paid by audience full is replaced by the arm that differs from it in the audience alone; the other stays.
+    """
 
     def without(config: Config) -> str:
         virality = config.virality.model_copy(update={"audience": "null"})
         return configs.to_yaml(config.model_copy(update={"name": "same", "virality": virality}))
 
-    alike = {c.virality.audience: a for a, c in sweep.arms.items() if without(c) == without(sweep.arms[arm])}
-    return {audience: alike.get(audience) for audience in ("no_request", "learned")}
+    def instead(side: str, audience: str) -> str | None:
+        mine = sweep.arms[side]
+        if mine.virality.audience != "full":
+            return side
+        alike = (a for a, c in sweep.arms.items() if c.virality.audience == audience and without(c) == without(mine))
+        return next(alike, None)
+
+    found: dict[str, str | None] = {}
+    for audience in ("no_request", "learned"):
+        sides = [instead(side, audience) for side in outcome.sides if side is not None]
+        found[audience] = None if None in sides else " - ".join(side for side in sides if side is not None)
+    return found
 
 
 def _explain(error: Any, place: Callable[..., str]) -> str:

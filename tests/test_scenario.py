@@ -192,8 +192,9 @@ def test_a_small_learner_supports_mechanics_only(name, learner, word):
     [
         (0.15, 0.15, 0.01, "supported"),
         (0.05, 0.15, 0.01, "through the request alone"),
-        (0.15, 0.1, 0.01, "through the request alone"),
-        (0.15, 0.15, 0.05, "through the request alone"),  # 0.05 +- 2.484 * 0.05: the mean rose, the interval holds 0
+        (0.15, 0.15, 0.05, "through the request alone"),  # 0.05 +- 2.484 * 0.05 holds 0; 0.2, 0.25, 0.3 less than full
+        (0.15, 0.1, 0.01, "inconclusive"),  # it rises without the request, so it is not through the request alone
+        (0.4, 0.4, 0.2, "inconclusive"),  # 0.3 +- 0.5 holds 0, and so does the difference to full: nothing is shown
     ],
 )
 def test_a_claim_about_a_persona_needs_the_same_sign_without_the_request_and_under_learned(
@@ -204,7 +205,7 @@ def test_a_claim_about_a_persona_needs_the_same_sign_without_the_request_and_und
         arm: {s: [0.1, final + (s - 1) * spread] for s in range(3)}
         for arm, final in {"no_request": no_request, "learned": learned}.items()
     }
-    twins = {"no_request": "no_request", "learned": "learned"}
+    twins = {audience: f"{audience} - neutral" for audience in ("no_request", "learned")}
     assert scenario.judge(about(twins=twins), rows_of(values)).verdict == word
 
 
@@ -277,6 +278,9 @@ def test_power_is_stated_before_the_run_and_stays_as_it_was_said(tmp_path):
     after = scenario.state_power(more)
     assert (after.played, after.n_seeds) == (1, 3)
     assert after.detectable < before.detectable
+    # A look at other seeds takes back nothing of what was said before.
+    assert scenario.state_power(loaded) == before
+    assert scenario.state_power(more) == after
 
 
 def test_a_played_scenario_becomes_a_table_and_the_page_comes_from_it_alone(tmp_path):
@@ -321,6 +325,26 @@ def test_factorial_effects_are_recovered_where_they_were_put(effects):
         assert effect.interval.value == pytest.approx(effects.get(name, 0.0), abs=1e-6)
 
 
+def test_log_odds_of_a_share_of_0_tell_how_many_outputs_were_read_and_the_share_does_not():
+    # 0 of n against a half: log odds 0 - log(0.5 / (n + 0.5)) = log(2 n + 1), whatever n; the share moves by 0.5.
+    cells = {(0,): {0: 0.0, 1: 0.0}, (1,): {0: 0.5, 1: 0.5}}
+    for n in (100, 10_000):
+        (effect,) = analysis.factorial(["copies"], cells, n_outputs=n)
+        assert effect.interval.value == pytest.approx(math.log(2 * n + 1))
+        (effect,) = analysis.factorial(["copies"], cells, n_outputs=None)
+        assert effect.interval.value == pytest.approx(0.5)
+    rows = rows_of({f"copies{level}": {s: [0.1, 0.5 * level] for s in range(2)} for level in (0, 1)})
+    said = about(levels={f"copies{level}": {"copies": level} for level in (0, 1)}, arms=["copies0", "copies1"],
+                 primary=outcome(contrast="copies").model_dump())  # fmt: skip
+    page = "\n".join(scenario._section(said, rows, scenario.judge(said, rows)))
+    assert "In 2 of 4 cells the share is 0 or 1" in page
+    assert (
+        "| copies | +5.303 (no interval: all seeds agree exactly) | - | +0.500" in page
+    )  # log(201): rows_of says n = 100
+    assert "round 1:" in page
+    assert "against round 0" not in page
+
+
 def test_a_factorial_without_all_cells_is_refused_and_a_seed_without_them_left_out():
     cells = {(a, b): {0: 0.5, 1: 0.4 + 0.1 * a} for a in (0, 1) for b in (0, 1)}
     del cells[(1, 1)][0]
@@ -336,7 +360,16 @@ def test_the_page_is_what_the_committed_tables_give_byte_for_byte():
 
 def test_a_table_that_is_not_ours_is_refused(tmp_path):
     pd.DataFrame({"a": [1]}).to_parquet(tmp_path / "x.parquet")
-    with pytest.raises(ValueError, match="table must be written by `loop findings`, got another at"):
+    with pytest.raises(ValueError, match="table must be written by this version's `loop findings`, got another at"):
+        scenario.page(tmp_path)
+    table = scenario.pq.read_table(ROOT / "docs" / "findings" / "nova_stella.toy.parquet")
+    older = json.loads(table.schema.metadata[scenario.META])
+    del older["twins"]
+    scenario.pq.write_table(table.replace_schema_metadata({scenario.META: json.dumps(older)}), tmp_path / "x.parquet")
+    with pytest.raises(ValueError, match=r"got another at .*x\.parquet; write it anew"):
+        scenario.page(tmp_path)
+    (tmp_path / "x.parquet").write_bytes(b"torn")
+    with pytest.raises(ValueError, match=r"table must be Parquet, got .* at .*x\.parquet; remove it"):
         scenario.page(tmp_path)
 
 

@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 import yaml
+from typer.testing import CliRunner
 
 from loop import run, store, sweep
+from loop.__main__ import app
 from loop.config import ConfigError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -298,6 +300,67 @@ def test_a_sweep_file_that_cannot_be_played_is_refused_in_one_clear_line(tmp_pat
     found = problems(write(tmp_path, **changes))
     assert len(found) == 1
     assert message in found[0]
+
+
+OUTCOME = {"metric": "frequency/nova", "contrast": "full - neutral", "direction": "none", "margin": 0.1}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"metric": "frequency/nvoa"}, "primary.metric: unknown persona 'nvoa' in frequency/nvoa, did you mean nova?"),
+        ({"stratum": "identty"}, "primary.stratum: unknown stratum 'identty', did you mean identity?"),
+        ({"stratum": "opinion"}, "primary.stratum: opinion must be one of measure.strata; add it there"),
+        ({"population": "sampels"}, "primary.population: unknown population 'sampels', did you mean samples?"),
+        ({"metric": {}}, "primary.metric"),
+        ({"metric": {"frequency/nova": float("nan")}}, "primary.metric"),
+        ({"contrast": "full - full"}, "primary: contrast must be of two arms, got full twice; name its control"),
+    ],
+)
+def test_an_outcome_that_no_run_will_measure_is_refused_before_any_is_played(tmp_path, changes, message):
+    sweep.load(write(tmp_path, primary=OUTCOME))
+    found = problems(write(tmp_path, primary=OUTCOME | changes))
+    assert message in found[0]
+    assert str(tmp_path / "s.yaml") in found[0]
+
+
+def test_what_an_arm_makes_wrong_is_said_of_the_arm_and_not_of_the_base(tmp_path):
+    path = write(tmp_path, arms=ARMS | {"much": {"real.shares": {"nova": 0.8, "chat": 0.8}}})
+    line = path.read_text().splitlines().index("  much:") + 2
+    assert problems(path) == [f"{path}:{line}: arm much: real: shares must sum to 1, got 1.6"]
+    # What is wrong with the base whatever an arm does is said of the base, once: a key too many, and one too few.
+    base = tmp_path / "base.yaml"
+    base.write_text((ROOT / "configs" / "smoke.yaml").read_text().replace("n_rounds:", "n_runds:"))
+    found = problems(write(tmp_path, base=str(base), overrides={}))
+    assert [p.startswith(f"{base}:") for p in found] == [True, True]
+
+
+def test_a_side_paid_by_full_is_replaced_by_its_twin_and_the_other_side_stays(tmp_path):
+    listen, audience = {"mix.real_share": 0.5}, "virality.audience"
+    arms = {
+        "less": {}, "less_no_request": {audience: "no_request"}, "less_learned": {audience: "learned"},
+        "more": listen, "more_no_request": listen | {audience: "no_request"},
+        "more_learned": listen | {audience: "learned"}, "off": {audience: "null"},
+    }  # fmt: skip
+    up = OUTCOME | {"direction": "up", "margin": 0}
+    loaded = sweep.load(write(tmp_path, arms=arms, primary=up | {"contrast": "more - less"}))
+    found = {a: f"more_{a} - less_{a}" for a in ("no_request", "learned")}
+    assert sweep.twins(loaded, loaded.file.primary) == found
+    loaded = sweep.load(write(tmp_path, arms=arms, primary=up | {"contrast": "more - off"}))
+    found = {a: f"more_{a} - off" for a in ("no_request", "learned")}
+    assert sweep.twins(loaded, loaded.file.primary) == found
+    # Held against an arm of another audience, the effect of an arm and that of the audience are one.
+    del arms["less_learned"]
+    (problem,) = problems(write(tmp_path, arms=arms, primary=up | {"contrast": "more - less"}))
+    assert "differ from more and less in virality.audience alone: learned; add them" in problem
+
+
+def test_what_a_sweep_asks_ray_for_needs_ray(tmp_path):
+    for flag in ("--cell-cpus", "--cell-gpus"):
+        done = CliRunner().invoke(app, ["sweep", str(write(tmp_path)), flag, "1"])
+        assert done.exit_code == 2
+        assert "need --ray" in done.output
+    assert CliRunner().invoke(app, ["sweep", str(write(tmp_path)), "--seeds", "²"]).exit_code == 2
 
 
 def test_sizes_are_chosen_by_name(tmp_path):
