@@ -136,8 +136,9 @@ def sweep(
         sweeps.prepare(folder)
     for one in loaded:
         scenario.state_power(one)
-    workers: sweeps.Workers = sweeps.Local(min(jobs, len(plan)))
-    if ray is not None:
+    if ray is None:
+        workers: sweeps.Workers = sweeps.Local(min(jobs, len(plan)))
+    else:
         workers = sweeps.Ray(ray, cpus=1 if cell_cpus is None else cell_cpus, gpus=cell_gpus or 0)
     with sweeps.table(plan, quiet=quiet) as watch:
         results = sweeps.play(

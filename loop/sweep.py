@@ -97,7 +97,7 @@ class Outcome(_Section):
         return left.strip(), right.strip() or None
 
     @model_validator(mode="after")
-    def _none_needs_a_margin(self) -> Outcome:
+    def _can_be_shown(self) -> Outcome:
         if self.direction == "none" and self.margin == 0:
             raise ValueError("margin must be > 0 for direction none, got 0; an effect of exactly 0 cannot be shown")
         if self.sides[0] == self.sides[1]:
