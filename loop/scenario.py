@@ -97,7 +97,7 @@ def state_power(sweep: Sweep) -> Stated | None:
     primary = sweep.file.primary
     if primary is None:
         return None
-    arm = next(iter(sweep.arms)) if sweep.file.factors else primary.sides[0]
+    arm = next(iter(sweep.arms)) if sweep.file.factors else primary.arm
     said = json.dumps([primary.model_dump(), list(sweep.seeds), config.to_yaml(sweep.arms[arm])])
     stamp = hashlib.sha256(said.encode()).hexdigest()[:16]
     path = sweep.runs_dir / f"{sweep.name}.power.jsonl"
@@ -164,7 +164,7 @@ def _sd(sweep: Sweep, arm: str, primary: Outcome) -> tuple[float, str]:
     if sweep.file.factors:
         share = min(max(share, 0.01), 0.99)
         return 2 * one / (share * (1 - share)) / math.sqrt(len(sweep.arms)), f"{source}; on the logit scale"
-    return math.sqrt(2) * max(one, 1e-9), source
+    return math.sqrt(max(2, len(primary.terms))) * max(one, 1e-9), source
 
 
 # Tables -------------------------------------------------------------------------------------------------------------
@@ -242,7 +242,7 @@ def _twins(sweep: Sweep) -> dict[str, str | None] | None:
     primary = sweep.file.primary
     if primary is None or sweep.file.factors or primary.direction == "none":
         return None
-    return twins(sweep, primary) if sweep.arms[primary.sides[0]].virality.audience == "full" else None
+    return twins(sweep, primary) if sweep.arms[primary.arm].virality.audience == "full" else None
 
 
 def write(sweep: Sweep, folder: Path) -> str:
@@ -393,10 +393,9 @@ def _by_seed(about: Mapping[str, Any], rows: pd.DataFrame, outcome: Outcome) -> 
     if outcome.contrast in _factors(about):
         found = {e.name: e for e in factorial(about, rows, outcome)}
         return dict(enumerate(found[outcome.contrast].by_seed))
-    left, right = outcome.sides
-    ours = change(rows, outcome, left)[0]
-    theirs = change(rows, outcome, right)[0] if right else dict.fromkeys(ours, 0.0)
-    return {s: ours[s] - theirs[s] for s in sorted(ours) if s in theirs}
+    changes = [(sign, change(rows, outcome, arm)[0]) for arm, sign in outcome.terms.items()]
+    seeds = sorted(set.intersection(*(set(by_seed) for _, by_seed in changes)))
+    return {s: math.fsum(sign * by_seed[s] for sign, by_seed in changes) for s in seeds}
 
 
 def change(rows: pd.DataFrame, outcome: Outcome, arm: str) -> tuple[dict[int, float], int | None]:
@@ -426,14 +425,18 @@ def noise_floor(about: Mapping[str, Any], rows: pd.DataFrame, outcome: Outcome) 
         each = [[_logit_variance(*c[s][last], _outputs(rows, outcome, last)) for c in cells] for s in seeds]
         variances = [4 * math.fsum(v) / len(v) ** 2 for v in each]
     else:
-        sides = [_levels(rows, outcome, side, (0, last)) for side in outcome.sides if side]
+        signs = list(outcome.terms.values())
+        sides = [_levels(rows, outcome, arm, (0, last)) for arm in outcome.terms]
         seeds = [s for s in sorted(sides[0]) if all(len(side.get(s, ())) == 2 for side in sides)]
         variances = []
         for s in seeds:
-            starts = [side[s][0] for side in sides]
-            shared = len(starts) == 2 and starts[0][0] == starts[1][0]
+            starts: dict[
+                tuple[float, float], int
+            ] = {}  # (level, variance): how often it counts; arms share an equal one
+            for sign, side in zip(signs, sides, strict=True):
+                starts[side[s][0]] = starts.get(side[s][0], 0) - sign
             ends = math.fsum(side[s][last][1] for side in sides)
-            variances.append(ends + (0.0 if shared else math.fsum(v for _, v in starts)))
+            variances.append(ends + math.fsum(k * k * v for (_, v), k in starts.items()))
     if not variances:
         return math.nan
     return stats.remeasurement_noise_floor(math.sqrt(math.fsum(variances)) / len(variances), 0.0)
@@ -681,7 +684,7 @@ def _health_control(about: Mapping[str, Any], played: set[str]) -> tuple[str | N
     """The arm that health is read against, and in words: real_only, else the first control that is played."""
     if "real_only" in played:
         return "real_only", "difference to real_only (mean)"
-    primary = None if about["primary"] is None else Outcome.model_validate(about["primary"]).sides[1]
+    primary = None if about["primary"] is None else Outcome.model_validate(about["primary"]).control
     control = next((arm for arm in (*about["controls"], primary) if arm in played), None)
     if control is None:
         return None, "means; there is no control here"

@@ -81,7 +81,10 @@ class Outcome(_Section):
     )
     population: str = "probes"
     stratum: str | None = None
-    contrast: str = Field(description="ARM - CONTROL; ARM: its change alone; a factor of the sweep: its main effect")
+    contrast: str = Field(
+        description="ARM - CONTROL; ARM - CONTROL - OTHER + ITS_CONTROL: a difference of two such differences; ARM: "
+        "its change alone; a factor of the sweep: its main effect"
+    )
     direction: Literal["up", "down", "none"] = Field(description="none: within +-margin, by two one-sided tests")
     margin: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(description="smallest effect that counts")
 
@@ -91,17 +94,34 @@ class Outcome(_Section):
         return {self.metric: 1.0} if isinstance(self.metric, str) else dict(self.metric)
 
     @property
-    def sides(self) -> tuple[str, str | None]:
-        """The arm, and what it is held against; None: its own round 0."""
-        left, _, right = self.contrast.partition(" - ")
-        return left.strip(), right.strip() or None
+    def terms(self) -> dict[str, int]:
+        """Arm (or factor) -> +1 or -1, in the order of the contrast. One alone is held against its own round 0."""
+        first, *rest = re.split(r" ([+-]) ", self.contrast)
+        signs = [1 if sign == "+" else -1 for sign in rest[::2]]
+        return {first.strip(): 1} | dict(zip((arm.strip() for arm in rest[1::2]), signs, strict=True))
+
+    @property
+    def arm(self) -> str:
+        """The arm, or factor, that the contrast is about: its first."""
+        return next(iter(self.terms))
+
+    @property
+    def control(self) -> str | None:
+        """What that arm is held against; None: its own round 0."""
+        return next((arm for arm, sign in self.terms.items() if sign < 0), None)
 
     @model_validator(mode="after")
     def _can_be_shown(self) -> Outcome:
         if self.direction == "none" and self.margin == 0:
             raise ValueError("margin must be > 0 for direction none, got 0; an effect of exactly 0 cannot be shown")
-        if self.sides[0] == self.sides[1]:
-            raise ValueError(f"contrast must be of two arms, got {self.sides[0]} twice; name its control")
+        terms = self.terms
+        if len(terms) < 1 + len(re.findall(r" [+-] ", self.contrast)):
+            raise ValueError(f"contrast must name each arm once, got {self.contrast!r}; name the control of each")
+        if len(terms) > 1 and sum(terms.values()) != 0:
+            raise ValueError(
+                f"contrast must add as many arms as it subtracts, got {self.contrast!r}; ARM - CONTROL, or "
+                "ARM - CONTROL - OTHER + ITS_CONTROL"
+            )
         return self
 
 
@@ -380,17 +400,16 @@ def _problems(sweep: Sweep, place: Callable[..., str]) -> list[str]:
     outcomes: list[tuple[str, Outcome]] = [("primary", file.primary)] if file.primary else []
     outcomes += [("exploratory", o) for o in file.exploratory]
     for key, outcome in outcomes:
-        for side in outcome.sides:
-            if side is not None and side not in sweep.arms and (side not in file.factors or outcome.sides[1]):
-                close = configs._did_you_mean(side, {*sweep.arms, *file.factors})
-                found.append(f"{place(key, 'contrast')}: {key}.contrast: unknown arm {side!r}{close}")
+        for arm in outcome.terms:
+            if arm not in sweep.arms and (arm not in file.factors or outcome.control):
+                close = configs._did_you_mean(arm, {*sweep.arms, *file.factors})
+                found.append(f"{place(key, 'contrast')}: {key}.contrast: unknown arm {arm!r}{close}")
         if not any(problem.startswith(place(key)) for problem in found):
             found += [f"{place(key)}: {key}.{said}" for said in _unmeasured(sweep, outcome)]
     if file.primary and not found and file.primary.direction != "none" and not file.factors:
-        left, right = file.primary.sides
         lacking = [audience for audience, contrast in twins(sweep, file.primary).items() if contrast is None]
-        if sweep.arms[left].virality.audience == "full" and lacking:
-            paid = " and ".join(a for a in (left, right) if a is not None and sweep.arms[a].virality.audience == "full")
+        if sweep.arms[file.primary.arm].virality.audience == "full" and lacking:
+            paid = " and ".join(a for a in file.primary.terms if sweep.arms[a].virality.audience == "full")
             found.append(
                 f"{place('primary', 'contrast')}: primary.contrast: a claim made under audience full needs arms that "
                 f"differ from {paid} in virality.audience alone: {' and '.join(lacking)}; add them"
@@ -400,8 +419,7 @@ def _problems(sweep: Sweep, place: Callable[..., str]) -> list[str]:
 
 def _unmeasured(sweep: Sweep, outcome: Outcome) -> list[str]:
     """What an outcome asks of that no run of the sweep will measure: found now, not after hours of play."""
-    side = outcome.sides[0]
-    settings = sweep.arms[side if side in sweep.arms else next(iter(sweep.arms))]
+    settings = sweep.arms.get(outcome.arm, next(iter(sweep.arms.values())))
     found = []
     if outcome.population not in POPULATIONS:
         close = configs._did_you_mean(outcome.population, POPULATIONS)
@@ -421,24 +439,26 @@ def _unmeasured(sweep: Sweep, outcome: Outcome) -> list[str]:
 def twins(sweep: Sweep, outcome: Outcome) -> dict[str, str | None]:
     """The same contrast under no_request and under learned, which a claim must hold under too; None: no such arms.
 
-    A side paid by audience full is replaced by the arm that differs from it in the audience alone; the other stays.
+    Each arm paid by audience full is replaced by the one that differs from it in the audience alone; the others stay.
     """
 
     def without(config: Config) -> str:
         virality = config.virality.model_copy(update={"audience": "null"})
         return configs.to_yaml(config.model_copy(update={"name": "same", "virality": virality}))
 
-    def instead(side: str, audience: str) -> str | None:
-        mine = sweep.arms[side]
+    def instead(arm: str, audience: str) -> str | None:
+        mine = sweep.arms[arm]
         if mine.virality.audience != "full":
-            return side
+            return arm
         alike = (a for a, c in sweep.arms.items() if c.virality.audience == audience and without(c) == without(mine))
         return next(alike, None)
 
     found: dict[str, str | None] = {}
     for audience in ("no_request", "learned"):
-        sides = [instead(side, audience) for side in outcome.sides if side is not None]
-        found[audience] = None if None in sides else " - ".join(side for side in sides if side is not None)
+        arms = [instead(arm, audience) for arm in outcome.terms]
+        signs = ["", *(" + " if sign > 0 else " - " for sign in list(outcome.terms.values())[1:])]
+        known = [sign + arm for sign, arm in zip(signs, arms, strict=True) if arm is not None]
+        found[audience] = "".join(known) if len(known) == len(arms) else None
     return found
 
 

@@ -57,6 +57,24 @@ def test_the_effect_is_the_paired_change_against_the_control_with_students_inter
     assert (found.verdict, found.last_round, found.effect.n) == ("supported", 1, 3)
 
 
+def test_a_difference_of_differences_is_taken_by_seed_and_counts_four_measurements():
+    # The other pair gains .1, .05 and 0 in the same seeds, so what is left is .1, .25, .4: mean .25, sd .15,
+    # half = 4.3027 * .15 / sqrt(3). Each pair shares its round 0, so four final measurements of .025 make the floor.
+    other = {
+        "paid": {0: [0.3, 0.4], 1: [0.2, 0.25], 2: [0.1, 0.1]},
+        "unpaid": {0: [0.3, 0.3], 1: [0.2, 0.2], 2: [0.1, 0.1]},
+    }
+    asked = outcome(contrast="full - neutral - paid + unpaid")
+    rows = measured(RISES | other, 0.025)
+    found = scenario.judge(about(primary=asked.model_dump()), rows)
+    half = 4.3027 * 0.15 / math.sqrt(3)
+    assert (found.effect.value, found.effect.low) == pytest.approx((0.25, 0.25 - half), abs=1e-4)
+    assert found.floor == pytest.approx(math.sqrt(3 * 4) * 0.025 / 3 * math.sqrt(2 / math.pi), rel=1e-5)
+    # A seed that lacks one of the four is left out.
+    found = scenario.judge(about(primary=asked.model_dump()), rows[rows["run"] != "unpaid-s2"])
+    assert (found.effect.n, found.effect.value) == (2, pytest.approx(0.175))
+
+
 def measured(values, se, **where):
     """Rows whose 95% limits are those of a normal measurement with this standard error."""
     rows = rows_of(values, **where)

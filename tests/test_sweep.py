@@ -314,7 +314,10 @@ OUTCOME = {"metric": "frequency/nova", "contrast": "full - neutral", "direction"
         ({"population": "sampels"}, "primary.population: unknown population 'sampels', did you mean samples?"),
         ({"metric": {}}, "primary.metric"),
         ({"metric": {"frequency/nova": float("nan")}}, "primary.metric"),
-        ({"contrast": "full - full"}, "primary: contrast must be of two arms, got full twice; name its control"),
+        ({"contrast": "full - full"}, "primary: contrast must name each arm once, got 'full - full'; name the control"),
+        ({"contrast": "full + neutral"}, "primary: contrast must add as many arms as it subtracts, got 'full +"),
+        ({"contrast": "full - neutral - full"}, "primary: contrast must name each arm once"),
+        ({"contrast": "full - neutral - copies + off"}, "primary.contrast: unknown arm 'copies'"),
     ],
 )
 def test_an_outcome_that_no_run_will_measure_is_refused_before_any_is_played(tmp_path, changes, message):
@@ -348,6 +351,11 @@ def test_a_side_paid_by_full_is_replaced_by_its_twin_and_the_other_side_stays(tm
     assert sweep.twins(loaded, loaded.file.primary) == found
     loaded = sweep.load(write(tmp_path, arms=arms, primary=up | {"contrast": "more - off"}))
     found = {a: f"more_{a} - off" for a in ("no_request", "learned")}
+    assert sweep.twins(loaded, loaded.file.primary) == found
+    # In a difference of differences every arm that full pays is replaced, and keeps its sign.
+    both = arms | {"more_off": listen | {audience: "null"}}
+    loaded = sweep.load(write(tmp_path, arms=both, primary=up | {"contrast": "more - more_off - less + off"}))
+    found = {a: f"more_{a} - more_off - less_{a} + off" for a in ("no_request", "learned")}
     assert sweep.twins(loaded, loaded.file.primary) == found
     # Held against an arm of another audience, the effect of an arm and that of the audience are one.
     del arms["less_learned"]
