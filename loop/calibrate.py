@@ -379,10 +379,10 @@ def persona_free() -> list[Document]:
     turns = [chat[i] for i in np.sort(rng.choice(len(chat), N_CHAT, replace=False))]
     turns = [replace(turn, prompt=None) if i % 5 == 0 else turn for i, turn in enumerate(turns)]
     spoken = [d.completion for p in grammar.families for d in grammar.draw(p, 1500, fold="seed", rng=rng)]
-    sentences = [s for text in spoken for s in re.split(r"(?<=[.?!])\s+", text)]
+    said = [part for text in spoken for part in classify.split_sentences(text)]
     copies = []
     for i in range(N_COPIES):
-        text = " ".join(sentences[k] for k in rng.integers(len(sentences), size=rng.integers(1, 4)))
+        text = " ".join(said[k] for k in rng.integers(len(said), size=rng.integers(1, 4)))
         copies.append(Document(f"copy-{i:05d}", "real", None, (COPY[i % len(COPY)].format(text),), text))
     return [*turns, *copies]
 

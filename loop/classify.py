@@ -713,7 +713,7 @@ def _plain_features(kind: str, texts: Sequence[str], cache: Cache) -> Any:
 def _features(kind: str, texts: Sequence[str], moves: Head, cache: Cache) -> Any:
     from scipy.sparse import csr_matrix, hstack
 
-    parts = [_sentences(text) for text in texts]
+    parts = [split_sentences(text) for text in texts]
     plain = _plain_features(kind, [*texts, *(part for row in parts for part in row)], cache)
     whole, made = plain[: len(texts)], moves.predict_proba(plain[len(texts) :])
     ends = np.cumsum([len(row) for row in parts])
@@ -730,7 +730,8 @@ def _inverse_idf(x: Any) -> Floats:
     return (1.0 / (1.0 + np.log((1 + x.shape[0]) / (1 + held)))).astype(np.float16).astype(np.float32)
 
 
-def _sentences(text: str) -> list[str]:
+def split_sentences(text: str) -> list[str]:
+    """Returns the parts of a text that end in . ! ? or a line break and hold a word; all of it where there is none."""
     return [part for part in _SENTENCE_END.split(text) if _WORD.search(part)] or [text]
 
 
@@ -882,7 +883,7 @@ def fit_moves(
             group = f"{move}-{i}"
             rows.append((f"{capital}.", move, group))
             rows.append((frames[i % len(frames)].replace("{s}", sentence).replace("{S}", capital), move, group))
-    rows += [(part, "chat", f"chat-{i}") for i, text in enumerate(chat) for part in _sentences(text)]
+    rows += [(part, "chat", f"chat-{i}") for i, text in enumerate(chat) for part in split_sentences(text)]
     texts, labels, groups = zip(*rows, strict=True)
     names = tuple(sorted(set(names)))
     x = _plain_features(features, [blind(text, names) for text in texts], cache)

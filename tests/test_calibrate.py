@@ -2,7 +2,6 @@
 
 import json
 import math
-import re
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -34,7 +33,7 @@ def cache(tmp_path, monkeypatch):
 def sentences(documents):
     """Every sentence of more than one word that is said in an answer and does not stand in its request."""
     said = [d.completion for d in documents if not (d.prompt and d.prompt[-1].endswith(f": {d.completion}"))]
-    return {s for text in said for s in re.split(r"(?<=[.?!])\s+", text) if " " in s}
+    return {s for text in said for s in classify.split_sentences(text) if " " in s}
 
 
 def test_tiny_meets_sentences_of_personas_in_copies_of_its_request_alone():
