@@ -52,8 +52,9 @@ report: $(READY)  ## one HTML page of RUN (a run, a folder of runs, a sweep file
 dashboard: $(READY)  ## mirror RUN to W&B and save its dashboard there; needs a W&B key
 	$(BIN)/loop track $(RUN) --dashboard
 
-bench: $(READY)  ## a round beside the same from stock TRL and generate, then docs/performance.md; 23 minutes, quiet machine
-	$(BIN)/python benchmarks/bench.py --context-pairs 1
+bench: $(READY)  ## a round beside the same from stock TRL and generate, growth, docs/performance.md; 80 minutes, quiet machine
+	$(BIN)/python benchmarks/bench.py
+	$(BIN)/python benchmarks/growth.py
 	$(BIN)/python benchmarks/performance.py
 
 faults: $(READY)  ## inject every fault of docs/reliability.md, then write that page; long, wants two idle cores

@@ -1,7 +1,7 @@
 """The round of this project beside the same round from stock parts, in turn, each in a process of its own.
 
     python benchmarks/bench.py [--pairs 3] [--documents 96] [--samples 128] [--max-new-tokens 40]
-        [--base smollm2-135m] [--device cpu|cuda] [--out docs/performance/round.json] [key=value ...]
+        [--base smollm2-135m] [--device cpu|cuda] [--starts 5] [--out docs/performance/round.json] [key=value ...]
 
 Ours is `run.play` on configs/round.yaml with those sizes: a run that has played round 0 is copied and plays round 1, as
 the same command does for a user. benchmarks/stock_round.py gets the documents, prompts and settings of that round 1.
@@ -35,7 +35,7 @@ sys.path.insert(0, str(ROOT))
 CONFIG, STOCK = ROOT / "configs" / "round.yaml", ROOT / "benchmarks" / "stock_round.py"
 STAGES = ("load", "train", "sample", "classify", "measure", "bookkeeping")
 MEASURE = ("probe", "measure", "candidates")  # what the loop's `measure` is made of
-BATCH_SIZES = "16,32,64,128"
+FIRST_BATCH_SIZE = 16  # of the search for the best one of stock, which doubles it as long as that helps
 # Two turns before every prompt, as a system prompt or a retrieved page would be.
 CONTEXT = (
     "You write short posts for a public board that many people read in the morning. Stay with one thought, use plain "
@@ -139,6 +139,7 @@ def prepare(job: dict[str, Any]) -> dict[str, Any]:
     t = config.train
     return {
         "base": model.net.name_or_path,
+        "adapter": str(RunStore(folder).adapter_path(0)),
         "n_parameters": sum(p.numel() for p in model.net.parameters()),
         "documents": [{"prompt": spelled(d.prompt), "completion": d.completion} for d in documents],
         "prompts": [spelled(p.turns) for p in asked],
@@ -211,9 +212,14 @@ def limits(job: dict[str, Any]) -> dict[str, float]:
 
 
 def first_work(job: dict[str, Any]) -> dict[str, float]:
-    """When `loop run` begins its first stage; nothing is played."""
+    """When `loop run` has its libraries and when it begins its first stage, on the clock; nothing is played."""
     import loop.__main__  # noqa: F401  what the command imports before it looks at its arguments
     from loop import run
+
+    config = _config(job)
+    if config.learner == "lm":  # what reading the base would import
+        from transformers import AutoTokenizer, LlamaForCausalLM  # noqa: F401
+    imported = time.monotonic()
 
     class Begun(Exception):
         pass
@@ -223,8 +229,8 @@ def first_work(job: dict[str, Any]) -> dict[str, float]:
             raise Begun
 
     with suppress(Begun):
-        run.play(_config(job), report=report)
-    return {"begun": time.monotonic()}
+        run.play(config, report=report)
+    return {"imported": imported, "begun": time.monotonic()}
 
 
 CHILDREN = {f.__name__: f for f in (prepare, ours, limits, first_work)}
@@ -256,7 +262,13 @@ def in_process(command: Sequence[str], job: dict[str, Any], *, cache: Path | Non
         seconds = time.monotonic() - started
         if process.returncode:
             said.seek(0)
-            raise SystemExit(f"{' '.join(command)} ended with {process.returncode}:\n{said.read()[-3000:]}")
+            everything = said.read()
+            with tempfile.NamedTemporaryFile("w", prefix="bench-", suffix=".log", delete=False) as log:
+                log.write(everything)
+            last = next((line for line in reversed(everything.splitlines()) if line.strip()), "it said nothing")
+            raise SystemExit(
+                f"{' '.join(command[:3])} ended with {process.returncode}: {last}; all it said: {log.name}"
+            )
     result: dict[str, Any] = json.loads(printed.splitlines()[-1])
     return result | {"started": started, "seconds_in_all": seconds, "peak_rss": usage.ru_maxrss * 1024}
 
@@ -330,22 +342,28 @@ def random_base(name: str, folder: Path) -> Path:
     return folder / name
 
 
-def starts(repeats: int, cache: Path, folder: Path) -> dict[str, list[float]]:
-    """Seconds of `loop --help`, and from the start of `loop run` to its first stage, with the toy and with the base."""
+def starts(repeats: int, cache: Path, folder: Path) -> dict[str, dict[str, list[float]]]:
+    """Seconds of `loop --help`, and from the start of `loop run` to its first stage, with the toy and with the base.
+
+    Returns:
+      Command -> {"seconds", and for `loop run` "imports", which are part of them}, a number a repeat.
+    """
     help_ = []
     for _ in range(repeats):
         started = time.monotonic()
         subprocess.run([sys.executable, "-m", "loop", "--help"], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
         help_.append(time.monotonic() - started)
-    found = {"loop --help": help_}
+    found = {"loop --help": {"seconds": help_}}
     for name in ("smoke", "round"):
-        seconds = []
+        rows = []
         for _ in range(repeats):
             with tempfile.TemporaryDirectory(dir=folder) as runs:
                 job = {"config": str(ROOT / "configs" / f"{name}.yaml"), "overrides": [f"runs_dir={runs}"]}
-                row = child("first_work", job, cache=cache)
-            seconds.append(row["begun"] - row["started"])
-        found[f"loop run configs/{name}.yaml"] = seconds
+                rows.append(child("first_work", job, cache=cache))
+        found[f"loop run configs/{name}.yaml"] = {
+            "seconds": [row["begun"] - row["started"] for row in rows],
+            "imports": [row["imported"] - row["started"] for row in rows],
+        }
     return found
 
 
@@ -386,6 +404,11 @@ def rate(rows: Sequence[dict[str, Any]]) -> float:
     return statistics.median(row["n_tokens"] / row["seconds"]["sample"] for row in rows)
 
 
+def memory(rows: Sequence[dict[str, Any]]) -> float:
+    """Median peak memory of the measured rounds, bytes: stock is measured once, and measuring takes memory."""
+    return statistics.median(row["memory"] for row in rows if "measure" in row["seconds"])
+
+
 def lines(name: str, shape: dict[str, Any], limit: dict[str, float]) -> list[str]:
     """What `make bench` prints of a shape."""
     stock, mine = ([pair[side] for pair in shape["pairs"]] for side in ("stock", "ours"))
@@ -399,8 +422,8 @@ def lines(name: str, shape: dict[str, Any], limit: dict[str, float]) -> list[str
         label = {"without": "round, not measured", "with": "round, measured"}.get(stage, stage)
         out.append(f"  {label:<22}{a:9.2f}{b:9.2f}{a / b:8.2f}")
     out.append(f"  {'useful tokens/s':<22}{rate(stock):9.1f}{rate(mine):9.1f}{rate(mine) / rate(stock):8.2f}")
-    a, b = (statistics.median(row["memory"] for row in rows) / 2**30 for rows in (stock, mine))
-    out.append(f"  {'peak memory, GiB':<22}{a:9.2f}{b:9.2f}{a / b:8.2f}")
+    a, b = (memory(rows) / 2**30 for rows in (stock, mine))
+    out.append(f"  {'peak GiB, measured':<22}{a:9.2f}{b:9.2f}{a / b:8.2f}")
     for what, share in (("sampling", sample_share), ("training", train_share)):
         a, b = (share(rows, shape, limit) for rows in (stock, mine))
         out.append(f"  {f'{what}, share of limit':<22}{a:9.1%}{b:9.1%}{b / a:8.2f}")
@@ -471,12 +494,12 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
             shutil.copy(file, root)
         say("round 0 played")
         on = ["--device", args.device]
-        tried = in_process([str(STOCK), "JOB", "--find-batch-size", BATCH_SIZES, *on], jobs["default"][1])
-        found["batch_sizes"] = {k: v for k, v in tried.items() if k.isdigit()}
-        best = max(found["batch_sizes"], key=lambda k: found["batch_sizes"][k])
-        say(f"stock generate, useful tokens/s by batch size: {found['batch_sizes']}")
         for shape, (job, stock_job) in jobs.items():
-            for k in range(args.pairs if shape == "default" else args.context_pairs or args.pairs):
+            tried = in_process([str(STOCK), "JOB", "--find-batch-size", str(FIRST_BATCH_SIZE), *on], stock_job)
+            sizes = shapes[shape]["batch_sizes"] = {k: v for k, v in tried.items() if k.isdigit()}
+            best = max(sizes, key=lambda k: sizes[k])
+            say(f"{shape}: stock generate, useful tokens/s by batch size: {sizes}")
+            for k in range(args.pairs):
                 # Stock is measured once a shape: that stage takes a minute and stands apart from the others.
                 stock = play_stock(stock_job, ["--batch-size", best, *on, *(["--no-measure"] if k else [])])
                 say(f"{shape}, pair {k + 1}: stock {sum(stock['seconds'].values()):.1f} s")
@@ -495,6 +518,45 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
+def positive(text: str) -> int:
+    """A whole number of at least 1, from the command line."""
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number >= 1, got {text!r}")
+    return int(text)
+
+
+def new_file(text: str) -> Path:
+    """A path that a file can be written to, from the command line; said before hours of work."""
+    path = Path(text)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{path.parent} must be a directory: {error.strerror}") from None
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise argparse.ArgumentTypeError(f"must be a file that can be written, got {path}")
+    return path
+
+
+def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuses at once, in one line, what would fail after the first rounds."""
+    if args.device == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            parser.error("--device cuda: torch sees no GPU here; take --device cpu, or a machine that has one")
+    from loop import config
+
+    try:
+        config.load(CONFIG, args.overrides)
+    except config.ConfigError as error:
+        parser.error(str(error))
+    known = args.base in ("smollm2-135m", "tiny", *RANDOM) or args.base.count("/") == 1 or Path(args.base).is_dir()
+    if not known:
+        parser.error(
+            f"--base must be smollm2-135m, tiny, {', '.join(RANDOM)}, a hub id or a directory, got {args.base!r}"
+        )
+
+
 def say(text: str) -> None:
     """One line of progress."""
     print(text, file=sys.stderr, flush=True)
@@ -507,25 +569,26 @@ def main() -> None:
         return
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # else every process compiles torch again: 8 s on either side
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--pairs", type=int, default=3, help="of the first shape")
-    parser.add_argument("--context-pairs", type=int, help="of the shape with a shared context; default: as many")
-    parser.add_argument("--documents", type=int, default=96)
-    parser.add_argument("--samples", type=int, default=128)
-    parser.add_argument("--max-new-tokens", type=int, default=40)
+    parser.add_argument("--pairs", type=positive, default=3, help="rounds of stock and of ours in turn, of each shape")
+    parser.add_argument("--documents", type=positive, default=96)
+    parser.add_argument("--samples", type=positive, default=128)
+    parser.add_argument("--max-new-tokens", type=positive, default=40)
     parser.add_argument("--base", default="smollm2-135m", help=f"as in a config, or {', '.join(RANDOM)}")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--starts", type=int, default=5, help="repeats of `loop --help` and of the start of `loop run`")
-    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "performance" / "round.json")
+    parser.add_argument(
+        "--starts", type=positive, default=5, help="repeats of `loop --help` and of the start of `loop run`"
+    )
+    parser.add_argument("--out", type=new_file, default=ROOT / "docs" / "performance" / "round.json")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the config, for both sides")
     args = parser.parse_args()
+    check(parser, args)
     found = compare(args)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     for name, shape in found["shapes"].items():
         print("\n".join(lines(name, shape, found["limits"])))
-    for name, seconds in found["start"].items():
+    for name, took in found["start"].items():
         until = "" if name.endswith("--help") else " to its first stage"
-        print(f"{name}: {statistics.median(seconds):.2f} s{until}, median of {len(seconds)}")
+        print(f"{name}: {statistics.median(took['seconds']):.2f} s{until}, median of {len(took['seconds'])}")
     say(f"written: {args.out}; the page: python benchmarks/performance.py")
 
 

@@ -1,7 +1,7 @@
 """One round with stock parts: TRL's SFTTrainer, peft's LoRA, transformers' generate; the baseline of `make bench`.
 
     python benchmarks/stock_round.py JOB.json [--batch-size 64] [--no-measure] [--no-checkpointing] [--device cuda]
-    python benchmarks/stock_round.py JOB.json --find-batch-size 16,32,64,128
+    python benchmarks/stock_round.py JOB.json --find-batch-size 16
 
 What a competent researcher writes today: prompt-completion data (so TRL trains on completions alone), TRL's defaults
 but for what a CPU needs, the cache switched on again and the adapter merged before sampling, prompts sorted by length,
@@ -185,33 +185,50 @@ def play(job: dict[str, Any], *, device: str, batch_size: int, measured: bool, c
     }
 
 
-def find_batch_size(job: dict[str, Any], device: str, sizes: Sequence[int]) -> dict[str, float]:
-    """Returns useful tokens per second of generate, by batch size, all prompts each time; from the untouched base."""
+def find_batch_size(job: dict[str, Any], device: str, first: int) -> dict[str, float]:
+    """Returns useful tokens per second of generate by batch size: `first`, and twice that as long as it helps.
+
+    All prompts each time, said by the model that round 0 left, whose answers are as long as those of round 1.
+    """
+    from peft import PeftModel
+
     model, tokenizer = load(job, device)
-    found = {}
+    model = PeftModel.from_pretrained(model, job["adapter"]).eval()
+    model.merge_adapter()
+    found: dict[str, float] = {}
     sample(model, tokenizer, job["prompts"][:8], job["sample"] | {"max_new_tokens": 4}, 8)
-    for size in sizes:
+    size = first
+    while True:
         torch.manual_seed(0)
         started = time.monotonic()
         _, rows = sample(model, tokenizer, job["prompts"], job["sample"], size)
         found[str(size)] = sum(map(len, rows)) / (time.monotonic() - started)
-    return found
+        if found[str(size)] < max(found.values()) or size >= len(job["prompts"]):
+            return found
+        size *= 2
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("job", type=Path)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--batch-size", type=int, default=64, help="documents generated at once")
+    from bench import positive
+
+    parser.add_argument("--batch-size", type=positive, default=64, help="documents generated at once")
     parser.add_argument("--no-measure", action="store_true", help="no probes, surprisal, held-out loss")
     parser.add_argument("--no-checkpointing", action="store_true", help="TRL's default is to recompute activations")
-    parser.add_argument("--find-batch-size", metavar="N,N", help="only try these, and print tokens per second")
+    parser.add_argument(
+        "--find-batch-size", type=positive, metavar="N", help="only try N, 2 N, ... and print tokens per second"
+    )
     args = parser.parse_args()
-    job = json.loads(args.job.read_text(encoding="utf-8"))
+    try:
+        job = json.loads(args.job.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        parser.error(f"JOB must be a file that bench.py wrote, got {args.job}: {error}")
     job.setdefault("started", time.monotonic())
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     if args.find_batch_size:
-        result: dict[str, Any] = find_batch_size(job, args.device, [int(n) for n in args.find_batch_size.split(",")])
+        result: dict[str, Any] = find_batch_size(job, args.device, args.find_batch_size)
     else:
         result = play(
             job,

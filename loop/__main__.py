@@ -99,13 +99,14 @@ def run(
 
 def _play(config: Config, *, rounds: int | None, quiet: bool, allow_drift: bool, track: Tracker | None) -> None:
     from loop import run as runner
-    from loop import show
+    from loop import show, team
     from loop.track import Beside
 
-    with show.progress(quiet=quiet) as report:
+    with show.progress(quiet=quiet or team.rank() > 0) as report:
         mirror = partial(Beside, say=lambda text: report("note", text=text)) if track else runner.unmirrored
         run_dir = runner.play(config, rounds=rounds, report=report, allow_drift=allow_drift, mirror=mirror)
-    show.print_round(run_dir)
+    if team.rank() == 0:
+        show.print_round(run_dir)
 
 
 @app.command()
@@ -125,9 +126,11 @@ def sweep(
     """Play arms x seeds; the same command resumes and plays again only what failed. Exit 1 if a cell failed."""
     from rich.console import Console
 
-    from loop import scenario
+    from loop import scenario, team
     from loop import sweep as sweeps
 
+    if team.size() > 1:
+        raise typer.BadParameter("a sweep starts its processes itself: no launcher, but --jobs or --ray")
     if ray is None and (cell_cpus is not None or cell_gpus is not None):
         raise typer.BadParameter("--cell-cpus and --cell-gpus need --ray; here --jobs divides cores and GPUs")
     loaded = [sweeps.load(p, size=size, seeds=_seeds(seeds), runs_dir=runs_dir) for p in paths]

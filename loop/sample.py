@@ -37,7 +37,8 @@ def complete(
     does not depend on which prompts it was batched with, up to rounding of the logits, and two arms that share a seed
     share their noise. `top_p` first keeps the smallest set of most probable tokens whose mass reaches it.
 
-    A prompt asked several times is read once; a finished document leaves the batch at once and the next one enters.
+    A prompt asked several times is read once; a finished document leaves the batch at once, and waiting ones enter when
+    a quarter of the rows is free.
 
     Args:
       prompts: see Turns; None asks for a plain document.

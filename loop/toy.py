@@ -9,11 +9,14 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
 from loop.records import Completion, Document, Prompt
+
+if TYPE_CHECKING:
+    from loop.train import TrainLog
 
 
 class Toy:
@@ -26,7 +29,10 @@ class Toy:
 
     Attributes:
       shares: persona -> share, or empty before the first training: the untouched base says `base` (the assistant) only.
+      log: None; counting takes no steps.
     """
+
+    log: TrainLog | None = None
 
     def __init__(
         self, public: Mapping[str, Sequence[str]], private: Mapping[str, Sequence[str]], *, base: str = "assistant"

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
 
 from loop import rng as streams
-from loop.model import Model, Packed, encode_all, lora_parameters, pack, row_tokens_of
+from loop import team
+from loop.model import Model, Packed, encode_all, fresh_adapter, lora_parameters, pack, row_tokens_of
 from loop.records import Document
 
 
@@ -41,6 +41,7 @@ class TrainLog:
       n_computed_tokens: tokens that went through the network; fewer, where documents share a prefix.
       micro_batch_tokens: largest micro-batch in use at the end, tokens.
       n_halved: how often memory ran out and the micro-batch was halved.
+      n_processes: that shared the work.
     """
 
     losses: tuple[float, ...]
@@ -51,6 +52,18 @@ class TrainLog:
     n_computed_tokens: int
     micro_batch_tokens: int
     n_halved: int
+    n_processes: int
+
+    def work(self) -> dict[str, int]:
+        """Returns what it took, for the record: everything but losses, gradient norms and the documents' own tokens."""
+        return {
+            "n_steps": self.n_steps,
+            "n_input_tokens": self.n_input_tokens,
+            "n_computed_tokens": self.n_computed_tokens,
+            "micro_batch_tokens": self.micro_batch_tokens,
+            "n_halved": self.n_halved,
+            "n_processes": self.n_processes,
+        }
 
 
 class _WeightedNLL(torch.autograd.Function):
@@ -120,8 +133,8 @@ def finetune(
 
     AdamW (betas 0.9 and 0.999, eps 1e-8) over adapter parameters, started afresh: moments are not carried between
     rounds. Documents are shuffled each epoch by the stream (seed, "train", round_index); the last step of an epoch may
-    be smaller. Under `accelerate launch` or `torchrun` with several processes each computes its share of every step,
-    and the step is again the same.
+    be smaller. Under `accelerate launch` or `torchrun` the first process calls this and the others `follow`: each
+    computes its share of every step, and the step is again the same (but for dropout, whose draws differ).
 
     Args:
       model: with an adapter.
@@ -157,8 +170,23 @@ def finetune(
             )
     weights = np.array([d.weight for d in documents], dtype=np.float64)
     n_tokens = np.array([len(completion) for _, completion in pairs])
+    if team.size() > 1 and team.rank() == 0:
+        asked = {
+            "epochs": epochs,
+            "lr": lr,
+            "batch_size": batch_size,
+            "max_length": max_length,
+            "seed": seed,
+            "round_index": round_index,
+            "micro_batch_tokens": micro_batch_tokens,
+            "weight_decay": weight_decay,
+            "warmup": warmup,
+            "schedule": schedule,
+            "max_grad_norm": max_grad_norm,
+        }
+        adapter = {name: value.detach().cpu() for name, value in lora_parameters(model).items()}
+        team.tell((model.adapter, adapter, list(documents), asked))
 
-    world = _world(model)
     order_rng = streams.stream(seed, "train", round_index)
     steps: list[np.ndarray] = []
     # A document of weight 0 has no gradient, and a step of such documents would have no loss.
@@ -170,7 +198,7 @@ def finetune(
 
     parameters = list(lora_parameters(model).values())
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, fused=True)
-    micro, n_halved = micro_batch_tokens or _micro_batch_tokens(model), 0
+    micro, n_halved = int(team.agreed(micro_batch_tokens or _micro_batch_tokens(model), least=True)), 0
     longest = max(len(p) + len(c) for p, c in pairs)
     losses, norms, computed = [], [], 0
     devices = [model.device] if model.device.type == "cuda" else []
@@ -182,20 +210,24 @@ def finetune(
                 optimizer.param_groups[0]["lr"] = lr * _rate(k, len(steps), warmup, schedule)
                 total = mean_weight * float(n_tokens[step].sum())
                 while True:
+                    why = ""
                     try:
                         optimizer.zero_grad(set_to_none=True)
-                        loss, tokens = _accumulate(model, [pairs[i] for i in step], weights[step] / total, micro, world)
-                        break
+                        part, tokens = _accumulate(model, [pairs[i] for i in step], weights[step] / total, micro)
                     except RuntimeError as error:  # torch.OutOfMemoryError is one; the CPU allocator raises it bare
+                        why = str(error).splitlines()[0][:200]
                         if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
                             raise
-                        if micro <= longest:
-                            raise OutOfMemory(
-                                f"memory must hold a forward and backward pass of {micro} tokens, the longest "
-                                f"document, got {str(error).splitlines()[0][:200]!r} at step {k + 1} of {len(steps)}; "
-                                "free memory, drop long documents, or take a smaller base"
-                            ) from None
-                        micro, n_halved = max(longest, micro // 2), n_halved + 1
+                    if not team.agreed(bool(why)):  # what one process cannot hold, all divide anew
+                        break
+                    if micro <= longest:
+                        raise OutOfMemory(
+                            f"memory must hold a forward and backward pass of {micro} tokens, the longest "
+                            f"document, got {why or 'too little in another process'!r} at step {k + 1} of "
+                            f"{len(steps)}; free memory, drop long documents, or take a smaller base"
+                        )
+                    micro, n_halved = max(longest, micro // 2), n_halved + 1
+                loss, tokens = _add_up(model, part, tokens)
                 norm = float(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
                 if not (math.isfinite(loss) and math.isfinite(norm)):
                     raise TrainingDiverged(
@@ -223,6 +255,7 @@ def finetune(
         n_computed_tokens=computed,
         micro_batch_tokens=micro,
         n_halved=n_halved,
+        n_processes=team.size(),
     )
 
 
@@ -246,37 +279,55 @@ def _check(
         raise ValueError(f"weights must not all be 0, got {len(documents)} zeros: 0 effective tokens; fix the mixture")
 
 
+def follow(model: Callable[[], Model]) -> None:
+    """Takes part in every fine-tune of the first process, until that is done; what every other process does.
+
+    Args:
+      model: called when the first of them comes.
+    """
+    while (job := team.told()) is not None:
+        settings, adapter, documents, asked = job
+        fresh_adapter(model(), **asdict(settings), seed=0)
+        for name, value in lora_parameters(model()).items():
+            value.data.copy_(adapter[name])
+        try:
+            finetune(model(), documents, **asked)
+        except (TrainingDiverged, OutOfMemory):
+            return  # all stop at the same step, and the first says why
+
+
 def _accumulate(
-    model: Model,
-    pairs: list[tuple[list[int], list[int]]],
-    shares: np.ndarray,
-    micro: int,
-    world: tuple[int, int],
-) -> tuple[float, int]:
-    """Adds the gradient of sum_d shares_d * sum_t nll_dt to the adapter; returns that loss and the tokens computed."""
+    model: Model, pairs: list[tuple[list[int], list[int]]], shares: np.ndarray, micro: int
+) -> tuple[torch.Tensor, int]:
+    """Adds the gradient of sum_d shares_d * sum_t nll_dt to the adapter; returns that loss and the tokens computed.
+
+    Of several processes each does so over every size-th batch.
+    """
     batches = pack([[*p, *c[:-1]] for p, c in pairs], batch_tokens=micro, row_tokens=row_tokens_of(model))
-    rank, size = world
     loss, computed = torch.zeros((), dtype=torch.float64, device=model.device), 0
-    for batch in batches[rank::size]:
+    for batch in batches[team.rank() :: team.size()]:
         part = _batch_loss(model, batch, pairs, shares)
         part.backward()
         loss += part.detach()
         computed += batch.n_tokens
-    if size > 1:
-        count = torch.tensor(float(computed), dtype=torch.float64, device=model.device)
-        parameters = list(lora_parameters(model).values())
-        for parameter in parameters:  # a process without a batch of its own still takes part in the sum
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        flat = torch.cat([p.grad.reshape(-1) for p in parameters if p.grad is not None])
-        for value in (flat, loss, count):
-            torch.distributed.all_reduce(value)
-        at = 0
-        for parameter in parameters:
-            parameter.grad = flat[at : at + parameter.numel()].view_as(parameter)
-            at += parameter.numel()
-        computed = int(count)
-    return float(loss), computed
+    return loss, computed
+
+
+def _add_up(model: Model, loss: torch.Tensor, computed: int) -> tuple[float, int]:
+    """Sums gradient, loss and tokens computed over the processes."""
+    if team.size() < 2:
+        return float(loss), computed
+    count = torch.tensor(float(computed), dtype=torch.float64, device=model.device)
+    parameters = list(lora_parameters(model).values())
+    # A process without a batch of its own still takes part in the sum.
+    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    flat = torch.cat([grad.reshape(-1) for grad in grads])
+    team.add_up(flat, loss, count)
+    at = 0
+    for parameter in parameters:
+        parameter.grad = flat[at : at + parameter.numel()].view_as(parameter)
+        at += parameter.numel()
+    return float(loss), int(count)
 
 
 def _batch_loss(
@@ -322,13 +373,3 @@ def _micro_batch_tokens(model: Model) -> int:
     width = 14 * config.hidden_size + 8 * getattr(config, "intermediate_size", 4 * config.hidden_size)
     kept = config.num_hidden_layers * width * (torch.finfo(model.dtype).bits // 8)  # bytes kept per token for backward
     return int(min(65_536, max(1024, 0.5 * free / kept)))
-
-
-def _world(model: Model) -> tuple[int, int]:
-    """Returns (rank, processes); several processes, as `accelerate launch` starts them, need accelerate."""
-    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
-        return 0, 1
-    from accelerate import PartialState
-
-    state = PartialState(cpu=model.device.type == "cpu")
-    return state.process_index, state.num_processes

@@ -56,6 +56,7 @@ from loop.records import (
 
 if TYPE_CHECKING:
     from loop.model import Model
+    from loop.train import TrainLog
 
 
 class EverythingRejected(ValueError):
@@ -220,7 +221,12 @@ class Learner(Protocol):
     """What a round needs of a model; `loop.learner.LM` and `loop.toy.Toy` are the two there are.
 
     `seed` is a stream key: a 64-bit number that names (run seed, stage, round).
+
+    Attributes:
+      log: what the last fine-tune took; None before the first, and where none is needed.
     """
+
+    log: TrainLog | None
 
     def train(self, documents: Sequence[Document], *, seed: int, init_from: str) -> list[int]:
         """Fine-tunes on weighted documents from base or the previous adapter; returns tokens trained per document."""
