@@ -201,7 +201,12 @@ def find_batch_size(job: dict[str, Any], device: str, first: int) -> dict[str, f
     while True:
         torch.manual_seed(0)
         started = time.monotonic()
-        _, rows = sample(model, tokenizer, job["prompts"], job["sample"], size)
+        try:
+            _, rows = sample(model, tokenizer, job["prompts"], job["sample"], size)
+        except RuntimeError as error:  # torch.OutOfMemoryError is one
+            if not found or "memory" not in str(error):
+                raise
+            return found
         found[str(size)] = sum(map(len, rows)) / (time.monotonic() - started)
         if found[str(size)] < max(found.values()) or size >= len(job["prompts"]):
             return found

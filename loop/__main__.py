@@ -47,6 +47,18 @@ RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="a run directory, e
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no progress, only the result")]
 
 
+@app.callback()
+def _begin(context: typer.Context) -> None:
+    # No docstring: it would stand in place of the help above.
+    from loop import team
+
+    if team.size() > 1 and context.invoked_subcommand not in ("run", "round"):
+        raise typer.BadParameter(
+            f"several processes play run and round together, got {context.invoked_subcommand}; start it without a "
+            "launcher (a sweep takes --jobs or --ray)"
+        )
+
+
 class Tracker(StrEnum):
     wandb = "wandb"
 
@@ -126,11 +138,9 @@ def sweep(
     """Play arms x seeds; the same command resumes and plays again only what failed. Exit 1 if a cell failed."""
     from rich.console import Console
 
-    from loop import scenario, team
+    from loop import scenario
     from loop import sweep as sweeps
 
-    if team.size() > 1:
-        raise typer.BadParameter("a sweep starts its processes itself: no launcher, but --jobs or --ray")
     if ray is None and (cell_cpus is not None or cell_gpus is not None):
         raise typer.BadParameter("--cell-cpus and --cell-gpus need --ray; here --jobs divides cores and GPUs")
     loaded = [sweeps.load(p, size=size, seeds=_seeds(seeds), runs_dir=runs_dir) for p in paths]

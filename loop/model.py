@@ -140,8 +140,11 @@ def load(
       ValueError: a base that cannot be found, read, trusted, or driven by the packed forward pass.
     """
     where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-    if where.type == "cuda" and where.index is None and team.size() > 1:
-        where = torch.device("cuda", team.local_device())
+    if where.type == "cuda" and team.size() > 1:
+        if where.index is not None:
+            raise ValueError(f"device must be auto or cuda for several processes, got {device}; each takes its own GPU")
+        where = torch.device("cuda", team.local_rank() % torch.cuda.device_count())
+        torch.cuda.set_device(where)
     if dtype == "auto":
         kind = torch.bfloat16 if where.type == "cuda" else torch.float32
     else:

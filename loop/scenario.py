@@ -242,7 +242,7 @@ def _twins(sweep: Sweep) -> dict[str, str | None] | None:
     primary = sweep.file.primary
     if primary is None or sweep.file.factors or primary.direction == "none":
         return None
-    return twins(sweep, primary) if sweep.arms[primary.arm].virality.audience == "full" else None
+    return twins(sweep, primary) if any(sweep.arms[a].virality.audience == "full" for a in primary.terms) else None
 
 
 def write(sweep: Sweep, folder: Path) -> str:
@@ -356,7 +356,7 @@ def judge(about: Mapping[str, Any], rows: pd.DataFrame) -> Finding | None:
 
 def _instead(outcome: Outcome, contrast: str) -> Outcome:
     """The same outcome of another contrast."""
-    return outcome.model_copy(update={"contrast": contrast})
+    return Outcome.model_validate(outcome.model_dump() | {"contrast": contrast})
 
 
 def _less(about: Mapping[str, Any], rows: pd.DataFrame, outcome: Outcome, other: Outcome) -> bool:

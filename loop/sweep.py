@@ -408,7 +408,7 @@ def _problems(sweep: Sweep, place: Callable[..., str]) -> list[str]:
             found += [f"{place(key)}: {key}.{said}" for said in _unmeasured(sweep, outcome)]
     if file.primary and not found and file.primary.direction != "none" and not file.factors:
         lacking = [audience for audience, contrast in twins(sweep, file.primary).items() if contrast is None]
-        if sweep.arms[file.primary.arm].virality.audience == "full" and lacking:
+        if lacking and any(sweep.arms[a].virality.audience == "full" for a in file.primary.terms):
             paid = " and ".join(a for a in file.primary.terms if sweep.arms[a].virality.audience == "full")
             found.append(
                 f"{place('primary', 'contrast')}: primary.contrast: a claim made under audience full needs arms that "
@@ -456,6 +456,9 @@ def twins(sweep: Sweep, outcome: Outcome) -> dict[str, str | None]:
     found: dict[str, str | None] = {}
     for audience in ("no_request", "learned"):
         arms = [instead(arm, audience) for arm in outcome.terms]
+        if len(set(arms)) < len(arms):  # what full is held against is paid by that audience: nothing would be left
+            found[audience] = None
+            continue
         signs = ["", *(" + " if sign > 0 else " - " for sign in list(outcome.terms.values())[1:])]
         known = [sign + arm for sign, arm in zip(signs, arms, strict=True) if arm is not None]
         found[audience] = "".join(known) if len(known) == len(arms) else None

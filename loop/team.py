@@ -1,6 +1,7 @@
 """The processes that `accelerate launch` or `torchrun` starts for one run: the first plays, the others help it train.
 
-The first alone opens the run directory, samples and measures. The others hold the base and wait for its fine-tunes.
+The first alone opens the run directory, samples and measures. The others hold the base and wait for its fine-tunes. A
+launcher ends with an exit code of its own.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
+_at_work = False  # of the first process: the others are in the middle of a job
 PATIENCE = timedelta(days=30)  # between two fine-tunes the others only wait: no stage of a round is too long for that
 
 
@@ -27,15 +29,23 @@ def size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def local_device() -> int:
-    """Returns the number of the GPU that is this process's own."""
+def local_rank() -> int:
+    """Returns which process of this machine this is."""
     return int(os.environ.get("LOCAL_RANK", "0")) if size() > 1 else 0
 
 
 def tell(job: Any) -> None:
     """Hands a job, any picklable value, from the first process to the others; each takes it with `told`."""
+    global _at_work
     _connect()
     _broadcast([job])
+    _at_work = True
+
+
+def done() -> None:
+    """Said by the first process when the job it told of is done: the others wait for the next."""
+    global _at_work
+    _at_work = False
 
 
 def told() -> Any:
@@ -71,13 +81,20 @@ def add_up(*values: torch.Tensor) -> None:
 
 @contextmanager
 def leading() -> Iterator[None]:
-    """Lets the others go at the end of the block. After an error it does not: the launcher ends them with this one."""
-    yield
-    if size() > 1:
-        import torch.distributed as dist
+    """Lets the others go at the end of the block, and when it fails; when a job fails, the launcher ends them."""
+    if size() < 2:
+        yield
+        return
+    import torch.distributed as dist
 
-        tell(None)
-        dist.destroy_process_group()
+    _connect()
+    try:
+        yield
+    finally:
+        if not _at_work:
+            tell(None)
+            dist.destroy_process_group()
+            done()
 
 
 def _connect() -> None:
@@ -85,10 +102,8 @@ def _connect() -> None:
     import torch.distributed as dist
 
     if not dist.is_initialized():
-        cuda = torch.cuda.is_available()
-        if cuda:
-            torch.cuda.set_device(local_device())
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=PATIENCE)
+        both = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(both, timeout=PATIENCE)
 
 
 def _broadcast(box: list[Any]) -> None:

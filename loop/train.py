@@ -205,7 +205,7 @@ def finetune(
     model.net.train()
     try:
         with torch.random.fork_rng(devices=devices):  # LoRA dropout draws from torch's global generator
-            torch.manual_seed(streams.key(seed, "dropout", round_index) >> 1)
+            torch.manual_seed((streams.key(seed, "dropout", round_index) >> 1) + team.rank())
             for k, step in enumerate(steps):
                 optimizer.param_groups[0]["lr"] = lr * _rate(k, len(steps), warmup, schedule)
                 total = mean_weight * float(n_tokens[step].sum())
@@ -246,6 +246,7 @@ def finetune(
         model.net.eval()
         for parameter in parameters:
             parameter.grad = None
+    team.done()
     return TrainLog(
         losses=tuple(losses),
         grad_norms=tuple(norms),
@@ -301,9 +302,12 @@ def _accumulate(
 ) -> tuple[torch.Tensor, int]:
     """Adds the gradient of sum_d shares_d * sum_t nll_dt to the adapter; returns that loss and the tokens computed.
 
-    Of several processes each does so over every size-th batch.
+    Of several processes each does so over every size-th batch, and no batch holds more than its share of the step.
     """
-    batches = pack([[*p, *c[:-1]] for p, c in pairs], batch_tokens=micro, row_tokens=row_tokens_of(model))
+    rows = [[*p, *c[:-1]] for p, c in pairs]
+    if team.size() > 1:
+        micro = min(micro, max(max(map(len, rows)), math.ceil(sum(map(len, rows)) / team.size())))
+    batches = pack(rows, batch_tokens=micro, row_tokens=row_tokens_of(model))
     loss, computed = torch.zeros((), dtype=torch.float64, device=model.device), 0
     for batch in batches[team.rank() :: team.size()]:
         part = _batch_loss(model, batch, pairs, shares)

@@ -357,6 +357,10 @@ def test_a_side_paid_by_full_is_replaced_by_its_twin_and_the_other_side_stays(tm
     loaded = sweep.load(write(tmp_path, arms=both, primary=up | {"contrast": "more - more_off - less + off"}))
     found = {a: f"more_{a} - more_off - less_{a} + off" for a in ("no_request", "learned")}
     assert sweep.twins(loaded, loaded.file.primary) == found
+    # Held against the arm that is its own twin, nothing would be left to hold.
+    loaded = sweep.load(write(tmp_path, arms=arms, primary=up | {"contrast": "more - off"}))
+    against = sweep.Outcome.model_validate(up | {"contrast": "more - more_learned"})
+    assert sweep.twins(loaded, against) == {"no_request": "more_no_request - more_learned", "learned": None}
     # Held against an arm of another audience, the effect of an arm and that of the audience are one.
     del arms["less_learned"]
     (problem,) = problems(write(tmp_path, arms=arms, primary=up | {"contrast": "more - less"}))

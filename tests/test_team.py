@@ -10,8 +10,10 @@ import safetensors.numpy
 import torch
 from conftest import make_lm
 from test_train import docs, gap, trained
+from typer.testing import CliRunner
 
-from loop import config, run, store, team
+from loop import config, model, run, store, team
+from loop.__main__ import app
 
 ROOT = Path(__file__).resolve().parent.parent
 WEIGHTS = [1.0, 20.0, 0.5, 1.0, 3.0, 0.2]
@@ -24,22 +26,28 @@ from conftest import make_lm
 from test_train import docs, trained
 from loop import team, train
 
-plain, guess = train._batch_loss, {0: 400, 1: 120}[team.rank()]
-train._micro_batch_tokens = lambda model: guess
+plain, guesses, done = train._batch_loss, [], []
+
+def guess(model):
+    guesses.append({0: 400, 1: 120}[team.rank()] if not guesses else 10**6)  # the second fine-tune has memory for all
+    return guesses[-1]
 
 def scarce(model, batch, *rest):
-    if team.rank() == 1 and len(batch.ids) > 80:  # and so neither may hold as much
+    if guesses == [120] and len(batch.ids) > 80:  # and so neither may hold as much
         raise RuntimeError("CUDA out of memory")
+    done.append(len(guesses))
     return plain(model, batch, *rest)
 
-train._batch_loss = scarce
+train._micro_batch_tokens, train._batch_loss = guess, scarce
 if team.rank() == 0:
     with team.leading():
         log, adapter = trained(docs(weights=WEIGHTS), batch_size=6, epochs=2)
         torch.save((log, adapter), sys.argv[2])
+        trained(docs(), batch_size=6)
 else:
     lm = make_lm()
     train.follow(lambda: lm)
+    assert set(done) == {1, 2}, "where a step fits into one batch the second process must still do its share"
 """
 SMALL = [
     "mix.n_train=12", "sample.n_samples=12", "virality.posts_per_sample=50", "measure.strata=[blank, neutral]",
@@ -98,10 +106,40 @@ def test_a_run_of_two_processes_is_one_run_and_ends_where_one_process_ends(tmp_p
     assert max(abs(value).max() for name, value in want.items() if "lora_B" in name) > 1e-3  # it was trained
 
 
+def test_a_command_that_processes_cannot_share_is_refused_and_so_is_a_gpu_named_for_all(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    done = CliRunner().invoke(app, ["sweep", "configs/sweeps/toy.yaml"])
+    assert done.exit_code == 2
+    assert "several processes play run and round together, got sweep" in " ".join(done.output.split())
+    with pytest.raises(ValueError, match="device must be auto or cuda for several processes, got cuda:1"):
+        model.load("anything", device="cuda:1")
+
+
+@pytest.mark.parametrize("failed", [False, True])
+def test_the_others_are_let_go_unless_they_are_in_the_middle_of_a_job(monkeypatch, failed):
+    told = []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(team, "_connect", lambda: None)
+    monkeypatch.setattr(team, "_broadcast", told.extend)
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: None)
+
+    def play():
+        with team.leading():
+            team.tell("job")
+            if not failed:
+                team.done()
+            raise OSError("disk")
+
+    with pytest.raises(OSError, match="disk"):
+        play()
+    assert told == (["job"] if failed else ["job", None])
+    team.done()
+
+
 def test_without_a_launcher_there_is_one_process_and_nothing_is_connected(monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
-    assert (team.rank(), team.size(), team.local_device()) == (0, 1, 0)
+    assert (team.rank(), team.size(), team.local_rank()) == (0, 1, 0)
     assert team.agreed(3.0) == 3.0
     with team.leading():
         pass
