@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -23,9 +22,9 @@ from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # the weights are local, and nothing is told to anybody
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
+from bench import positive  # beside this file; it also puts the repository on the path
 
 
 def load(job: dict[str, Any], device: str) -> tuple[Any, Any]:
@@ -217,8 +216,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("job", type=Path)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    from bench import positive
-
     parser.add_argument("--batch-size", type=positive, default=64, help="documents generated at once")
     parser.add_argument("--no-measure", action="store_true", help="no probes, surprisal, held-out loss")
     parser.add_argument("--no-checkpointing", action="store_true", help="TRL's default is to recompute activations")

@@ -608,7 +608,7 @@ def _section(about: Mapping[str, Any], rows: pd.DataFrame, main: Finding | None)
         if about["controls"]:
             lines += ["", f"| control | change of {_metric(main.outcome)} | floor |", "|---|---|---|"]
             for arm in about["controls"]:
-                alone = main.outcome.model_copy(update={"contrast": arm})
+                alone = _instead(main.outcome, arm)
                 shown = _interval(observe(about, rows, alone)[0])
                 lines.append(f"| {arm} | {shown} | {_floor(noise_floor(about, rows, alone))} |")
     rest = explore(about, rows)

@@ -55,15 +55,8 @@ class TrainLog:
     n_processes: int
 
     def work(self) -> dict[str, int]:
-        """Returns what it took, for the record: everything but losses, gradient norms and the documents' own tokens."""
-        return {
-            "n_steps": self.n_steps,
-            "n_input_tokens": self.n_input_tokens,
-            "n_computed_tokens": self.n_computed_tokens,
-            "micro_batch_tokens": self.micro_batch_tokens,
-            "n_halved": self.n_halved,
-            "n_processes": self.n_processes,
-        }
+        """Returns what it took, for the record: its counts, without what is listed by step or by document."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, int)}
 
 
 class _WeightedNLL(torch.autograd.Function):
