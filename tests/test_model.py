@@ -98,6 +98,8 @@ def test_adapter_equals_peft(lm, tmp_path):
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
     with m.serving(lm, "merged"):
         torch.testing.assert_close(lm.net(ids).logits, theirs, atol=1e-5, rtol=1e-5)
+        hidden = lm.net.base_model(ids).last_hidden_state
+        torch.testing.assert_close(lm.logits(hidden), theirs, atol=1e-5, rtol=1e-5)  # by the packed output layer
     with m.serving(lm, "base"):
         assert torch.equal(lm.net(ids).logits, make_lm().net(ids).logits)
 
@@ -119,6 +121,19 @@ def test_gradients_of_the_low_rank_product_are_those_of_autograd():
         grads.append([y.detach(), *(leaf.grad for leaf in leaves)])
     for ours, autograd in zip(*grads, strict=True):
         torch.testing.assert_close(ours, autograd, atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(1, 48), (5, 48), (2, 7, 48), (300, 48)])
+def test_product_with_a_packed_weight_is_the_product(shape):
+    generator = torch.Generator().manual_seed(0)
+    x, weight, bias = (torch.randn(s, generator=generator) for s in (shape, (33, 48), (33,)))
+    want = x.double() @ weight.double().T
+    assert m.packed(weight).is_mkldnn == torch.backends.mkldnn.is_available()
+    for w in (weight, m.packed(weight)):
+        torch.testing.assert_close(m.product(x, w, None).double(), want, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(m.product(x, w, bias).double(), want + bias, atol=1e-5, rtol=1e-5)
+    half = weight.bfloat16()
+    assert m.packed(half) is half
 
 
 def test_base_is_untouched_by_adapters_and_serving(lm):

@@ -126,7 +126,7 @@ def test_text_does_not_depend_on_batch_order_or_company():
 
 def test_end_token_ends_the_text_and_counts(monkeypatch):
     lm = make_lm()
-    plain, calls = lm.net.get_output_embeddings().forward, []
+    plain, calls = lm.logits, []
 
     def ending(hidden):
         logits = plain(hidden)
@@ -134,7 +134,7 @@ def test_end_token_ends_the_text_and_counts(monkeypatch):
         logits[:, 2] = 1e4 if len(calls) == 3 else -1e4
         return logits
 
-    monkeypatch.setattr(lm.net.get_output_embeddings(), "forward", ending)
+    monkeypatch.setattr(lm, "logits", ending)
     got = s.complete(lm, [("a",)] * 4, **GREEDY)
     assert [(c.n_tokens, c.finished) for c in got] == [(3, True)] * 4
     assert all("<|im_end|>" not in c.text for c in got)
