@@ -185,7 +185,11 @@ def findings(
         "docs/findings"
     ),
 ) -> None:
-    """Write the metric tables of played scenarios, and from all tables there the page of verdicts."""
+    """Write the metric tables of played scenarios, and from all tables there the page of verdicts.
+
+    A scenario may be played in parts, on several machines: runs that a table holds already and that lie elsewhere stay
+    in it while their config is the same. Remove a table to begin it anew.
+    """
     from loop import scenario
     from loop import sweep as sweeps
 

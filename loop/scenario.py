@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -18,13 +19,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from scipy import special
 
 from loop import analysis, config, stats, theory
 from loop.records import CONSCIOUS, UNREQUESTED
 from loop.stats import Interval
-from loop.store import RunStore
+from loop.store import RunStore, config_sha256
 from loop.sweep import Outcome, Sweep, twins
 
 # What an exact learner or a model of a few million parameters can show: how the loop works, not what personas do.
@@ -58,7 +60,7 @@ ROWS = pa.schema(
 )
 ABOUT = {
     *("name", "size", "learner", "question", "expected", "why", "time", "seeds", "n_rounds", "arms", "controls"),
-    *("levels", "primary", "exploratory", "twins", "revisions", "power"),
+    *("levels", "primary", "exploratory", "twins", "runs", "power"),
 }  # what the page says beside the numbers
 META = b"scenario"  # key of the Parquet file's metadata that holds it
 
@@ -170,41 +172,60 @@ def _sd(sweep: Sweep, arm: str, primary: Outcome) -> tuple[float, str]:
 # Tables -------------------------------------------------------------------------------------------------------------
 
 
-def gather(sweep: Sweep) -> pa.Table | None:
+def gather(sweep: Sweep, known: tuple[dict[str, Any], pd.DataFrame] | None = None) -> pa.Table | None:
     """Everything the page needs of a scenario's runs, from their files: rows ROWS, the rest in the metadata.
 
+    Args:
+      known: an older table of the scenario, as `read` returns it. Its runs that are not here, or not as far, are kept
+        where the file still means the same by them, so a scenario may be played in parts, on several machines.
+
     Returns:
-      None if no run of it has a finished round.
+      None if no run of it here has a finished round.
     """
     file = sweep.file
-    where = {sweep.run_dir(arm, seed): arm for arm in sweep.arms for seed in sweep.seeds}
+    where = {sweep.run_dir(arm, seed): (arm, seed) for arm in sweep.arms for seed in sweep.seeds}
     there = [path for path in where if (path / "round_000").is_dir()]
     if not there:
         return None
-    arm_of = {str(path.resolve()): where[path] for path in there}
+    arm_of = {str(path.resolve()): where[path][0] for path in there}
     runs = analysis.load(*there)
-    primary, *exploratory = (
-        None if o is None else _as_measured(o, runs.metrics) for o in (file.primary, *file.exploratory)
-    )
-    outcomes = [o for o in (primary, *exploratory) if o is not None]
-    wanted: dict[tuple[str, str, str | None], None] = {}
-    for o in outcomes:
-        wanted |= dict.fromkeys((name, o.population, o.stratum) for name in o.parts)
-        for name in o.parts:
-            if name.startswith("frequency"):
-                wanted[(f"differential/{name.partition('/')[2]}", "accepted", None)] = None
-    wanted |= dict.fromkeys((name, population, None) for name, population in HEALTH)
     frame = runs.metrics[runs.metrics["round_index"] >= 0]
-    keys = zip(frame["name"], frame["population"], frame["stratum"].where(frame["stratum"].notna(), None), strict=True)
-    frame = frame[[(n, p, None if pd.isna(s) else s) in wanted for n, p, s in keys]]
     frame = frame.assign(arm=[arm_of[str(runs.paths[r].resolve())] for r in frame["run"]])
     frame["run"] = [runs.paths[r].name for r in frame["run"]]
-    frame = frame.rename(columns={"name": "metric", "round_index": "round"})
+    frame = frame.rename(columns={"name": "metric", "round_index": "round"})[[f.name for f in ROWS]]
     frame["stratum"] = frame["stratum"].fillna("")
+    made_by = {path.name: _made_by(RunStore(path).manifest()) for path in runs.paths.values()}
+    if known is not None:
+        wants = {
+            path.name: config_sha256(sweep.config(arm, seed).model_dump_json()) for path, (arm, seed) in where.items()
+        }
+        rounds = frame.groupby("run")["round"].max()
+        ago, old = known
+        kept = [
+            run
+            for run, last in old.groupby("run")["round"].max().items()
+            if ago["runs"][run]["config_sha256"] == wants.get(run) and last > rounds.get(run, -1)
+        ]
+        frame = pd.concat([frame[~frame["run"].isin(kept)], old[old["run"].isin(kept)]], ignore_index=True)
+        made_by |= {run: ago["runs"][run] for run in kept}
+    primary, *exploratory = (None if o is None else _as_measured(o, frame) for o in (file.primary, *file.exploratory))
+    outcomes = [o for o in (primary, *exploratory) if o is not None]
+    wanted: dict[tuple[str, str, str], None] = {}
+    for o in outcomes:
+        wanted |= dict.fromkeys((name, o.population, o.stratum or "") for name in o.parts)
+        for name in o.parts:
+            if name.startswith("frequency"):
+                wanted[(f"differential/{name.partition('/')[2]}", "accepted", "")] = None
+    wanted |= dict.fromkeys((name, population, "") for name, population in HEALTH)
+    keys = zip(frame["metric"], frame["population"], frame["stratum"], strict=True)
+    frame = frame[[key in wanted for key in keys]]
     frame = frame.sort_values(["arm", "seed", "metric", "population", "stratum", "round"], kind="stable")
     columns = {f.name: pa.array(frame[f.name].tolist(), f.type, from_pandas=True) for f in ROWS}
     any_arm = next(iter(sweep.arms.values()))
     stated = state_power(sweep)
+    power = asdict(stated) if stated else None
+    if known is not None and power is not None and (known[0]["power"] or {}).get("stamp") == power["stamp"]:
+        power = known[0]["power"]  # of the two the one said first
     about = {
         "name": sweep.name,
         "size": sweep.size,
@@ -221,17 +242,21 @@ def gather(sweep: Sweep) -> pa.Table | None:
         "primary": primary.model_dump() if primary else None,
         "exploratory": [o.model_dump() for o in exploratory if o is not None],
         "twins": _twins(sweep),
-        "revisions": sorted({RunStore(path).manifest()["revision"] or NOTHING for path in runs.paths.values()}),
-        "power": asdict(stated) if stated else None,
+        "runs": made_by,
+        "power": power,
     }
     return pa.table(columns, schema=ROWS).replace_schema_metadata({META: json.dumps(about, sort_keys=True)})
 
 
-def _as_measured(outcome: Outcome, metrics: pd.DataFrame) -> Outcome:
+def _made_by(manifest: Mapping[str, Any]) -> dict[str, str]:
+    return {"revision": manifest["revision"] or NOTHING, "config_sha256": manifest["config_sha256"]}
+
+
+def _as_measured(outcome: Outcome, rows: pd.DataFrame) -> Outcome:
     """The outcome as observed where no run has it corrected: for `tiny` the instruments' error is not known."""
     observed = {name: name.replace(head, f"{head}_observed", 1) for name in outcome.parts
                 if (head := name.partition("/")[0]) in ("frequency", "belief", "mirror_rate")}  # fmt: skip
-    if not observed or metrics.loc[metrics["name"].isin(observed), "value"].notna().any():
+    if not observed or rows.loc[rows["metric"].isin(observed), "value"].notna().any():
         return outcome
     parts = {observed.get(name, name): c for name, c in outcome.parts.items()}
     return outcome.model_copy(update={"metric": next(iter(parts)) if isinstance(outcome.metric, str) else parts})
@@ -246,14 +271,20 @@ def _twins(sweep: Sweep) -> dict[str, str | None] | None:
 
 
 def write(sweep: Sweep, folder: Path) -> str:
-    """Writes a scenario's table; returns one line that says where, or that there is nothing to write."""
-    table = gather(sweep)
+    """Writes a scenario's table, see `gather`; returns one line that says where, or that there is nothing to write.
+
+    Raises:
+      ValueError: what lies there is no table of this version.
+    """
+    path = folder / f"{sweep.name}{'' if sweep.size in ('', 'tiny') else f'.{sweep.size}'}.parquet"
+    table = gather(sweep, read(path) if path.exists() else None)
     if table is None:
         return f"{sweep.name}: no run of it is played; `loop sweep {sweep.path}` first"
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{sweep.name}{'' if sweep.size in ('', 'tiny') else f'.{sweep.size}'}.parquet"
-    pq.write_table(table, path, compression="zstd", compression_level=9)
-    return f"{path}: {len(table)} rows"
+    scratch = path.with_name(f".{path.name}.tmp")
+    pq.write_table(table, scratch, compression="zstd", compression_level=9)
+    os.replace(scratch, path)
+    return f"{path}: {len(table)} rows of {len(pc.unique(table['run']))} runs"
 
 
 def read(path: Path) -> tuple[dict[str, Any], pd.DataFrame]:
@@ -271,7 +302,7 @@ def read(path: Path) -> tuple[dict[str, Any], pd.DataFrame]:
     about: dict[str, Any] = json.loads((file.metadata.metadata or {}).get(META, b"{}"))
     if not about.keys() >= ABOUT or file.schema_arrow.names != ROWS.names:
         raise ValueError(
-            f"table must be written by this version's `loop findings`, got another at {path}; write it anew"
+            f"table must be written by this version's `loop findings`, got another at {path}; move it away"
         )
     return about, file.read(use_threads=False).to_pandas()
 
@@ -585,7 +616,8 @@ def _section(about: Mapping[str, Any], rows: pd.DataFrame, main: Finding | None)
     played = f"{n_runs} runs" if n_runs == planned else f"{n_runs} of {planned} runs played"
     lines.append(f"- Learner: {about['learner']}, {about['n_rounds']} feedback rounds, seeds "
                  f"{', '.join(map(str, about['seeds']))}; {played}")  # fmt: skip
-    revisions = [re.sub(r"(?<=^[0-9a-f]{12})[0-9a-f]{28}", "", r) for r in about["revisions"]]
+    made_by = sorted({made["revision"] for made in about["runs"].values()})
+    revisions = [re.sub(r"(?<=^[0-9a-f]{12})[0-9a-f]{28}", "", revision) for revision in made_by]
     lines.append(f"- Played by revision {', '.join(revisions)} of the code")
     power = about["power"]
     if power:

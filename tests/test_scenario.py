@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import pandas as pd
 import pytest
 import yaml
 
-from loop import analysis, scenario, stats, sweep
+from loop import analysis, run, scenario, stats, sweep
 from loop.config import ConfigError
 from loop.stats import Interval
 from loop.sweep import Outcome
@@ -41,7 +42,7 @@ def about(**changes):
         "name": "nova_stella", "size": "full", "learner": "smollm2-135m", "question": "Does it?", "expected": "up",
         "why": "so", "time": None, "seeds": [0, 1, 2], "n_rounds": 1, "arms": ["neutral", "full"], "controls": [],
         "levels": {}, "primary": outcome().model_dump(), "exploratory": [], "twins": None, "power": None,
-        "revisions": ["a1b2"],
+        "runs": {"full-s0": {"revision": "a1b2", "config_sha256": "0"}},
     }  # fmt: skip
     return given | changes
 
@@ -241,7 +242,7 @@ def test_where_nothing_is_corrected_the_observed_number_is_read_and_named(metric
     names = [metric] if isinstance(metric, str) else list(metric)
     said = {n: n.replace("frequency", "frequency_observed").replace("belief", "belief_observed") for n in names}
     for value, read in ((math.nan, list(said.values())), (0.2, names)):
-        metrics = pd.DataFrame({"name": [*names, *said.values()], "value": [value] * len(names) + [0.3] * len(names)})
+        metrics = pd.DataFrame({"metric": [*names, *said.values()], "value": [value] * len(names) + [0.3] * len(names)})
         assert list(scenario._as_measured(outcome(metric=metric), metrics).parts) == read
 
 
@@ -327,6 +328,50 @@ def test_a_played_scenario_becomes_a_table_and_the_page_comes_from_it_alone(tmp_
     assert f"Played by revision {commit[:12]}{'+' if dirty else ''}{dirty} of the code" in page
 
 
+def test_a_table_keeps_runs_that_lie_elsewhere_while_the_file_means_the_same_by_them(tmp_path):
+    folder = tmp_path / "findings"
+    table = folder / "nova_stella.parquet"
+    path = sweep_file(tmp_path)
+
+    def play(loaded, wanted):
+        for cell in sweep.cells([loaded]):
+            if cell.run_dir.name in wanted:
+                assert sweep.play_cell(sweep._task(cell, None, False, remote=False)).reason is None
+
+    whole = sweep.load(path, runs_dir=tmp_path / "whole")
+    names = {cell.run_dir.name for cell in sweep.cells([whole])}
+    play(whole, names)
+    scenario.write(whole, folder)
+    (_, want), wanted_page = scenario.read(table), scenario.page(folder)
+    table.unlink()
+    # In two parts, on two machines.
+    for name, part in (
+        ("one", {n for n in names if n.endswith("s0")}),
+        ("two", {n for n in names if n.endswith("s1")}),
+    ):
+        loaded = sweep.load(path, runs_dir=tmp_path / name)
+        play(loaded, part)
+        line = scenario.write(loaded, folder)
+    assert line.endswith(f" rows of {len(names)} runs")
+    shown = {re.sub(r"Power, stated .*", "", text) for text in (scenario.page(folder), wanted_page)}
+    assert len(shown) == 1
+    assert scenario.read(table)[1].equals(want)
+    # A run that has only begun here takes nothing away; one that is as far counts in its place.
+    begun = sweep.load(path, runs_dir=tmp_path / "begun")
+    cell = next(c for c in sweep.cells([begun]) if c.run_dir.name == "full-s0")
+    run.play(cell.config, rounds=0)
+    scenario.write(begun, folder)
+    assert scenario.read(table)[1].equals(want)
+    # The wrong variant: an arm that means something else now is not mixed with what it was.
+    changed = yaml.safe_load(path.read_text())
+    changed["arms"]["neutral"]["virality.posts_per_sample"] = 21
+    path.write_text(yaml.safe_dump(changed, sort_keys=False))
+    (tmp_path / "changed").mkdir()
+    (tmp_path / "one" / "full-s0").rename(tmp_path / "changed" / "full-s0")
+    scenario.write(sweep.load(path, runs_dir=tmp_path / "changed"), folder)
+    assert set(scenario.read(table)[1]["run"]) == names - {"neutral-s0", "neutral-s1"}
+
+
 @pytest.mark.parametrize("effects", [{"a": 0.4}, {"a": 0.4, "b": -0.2, "a x b": 0.3}, {"c": 1.0, "b x c": -0.5}])
 def test_factorial_effects_are_recovered_where_they_were_put(effects):
     # y = sum of effect / 2 * sign, so each effect is the difference between its two halves.
@@ -384,7 +429,7 @@ def test_a_table_that_is_not_ours_is_refused(tmp_path):
     older = json.loads(table.schema.metadata[scenario.META])
     del older["twins"]
     scenario.pq.write_table(table.replace_schema_metadata({scenario.META: json.dumps(older)}), tmp_path / "x.parquet")
-    with pytest.raises(ValueError, match=r"got another at .*x\.parquet; write it anew"):
+    with pytest.raises(ValueError, match=r"got another at .*x\.parquet; move it away"):
         scenario.page(tmp_path)
     (tmp_path / "x.parquet").write_bytes(b"torn")
     with pytest.raises(ValueError, match=r"table must be Parquet, got .* at .*x\.parquet; remove it"):
