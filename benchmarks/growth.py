@@ -3,7 +3,7 @@
     python benchmarks/growth.py [--quick] [--out docs/performance/growth.json]
 
 Seconds are processor time on one thread. Other work on the machine stretches it less than the clock, but it does, so a
-quiet machine is wanted; waiting for the disk is not in it. About 12 minutes. Each series in a process of its own, with
+quiet machine is wanted; waiting for the disk is not in it. About 15 minutes. Each series in a process of its own, with
 no text's embedding known beforehand: rounds played before would be read from the cache. `toy` is the loop with the
 exact learner, configs/smoke.yaml; `tiny` the same loop with a 1-3 M parameter model, configs/round.yaml made small.
 Tokens alone are varied on the tiny model: training on documents of joined texts, and sampling so hot that hardly any
@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import statistics
 import sys
 import tempfile
 import time
@@ -67,6 +68,16 @@ def rounds(config: Path, overrides: Sequence[str]) -> list[dict[str, float]]:
 
         run.play(load(config, [*overrides, f"runs_dir={folder}"]), mirror=watch)
     return rows
+
+
+def several(n_runs: int, config: Path, overrides: Sequence[str]) -> dict[str, Any]:
+    """Plays the same run n times, each in a fresh process; returns n_runs, and per round the medians over them."""
+    played = [alone(rounds, config, overrides) for _ in range(n_runs)]
+    middle = [
+        {"round": t, **{name: statistics.median(row[name] for row in of_round) for name in ("seconds", "bytes")}}
+        for t, of_round in enumerate(zip(*played, strict=True))
+    ]
+    return {"n_runs": n_runs, "rounds": middle}
 
 
 def documents(config: Path, overrides: Sequence[str], sizes: Sequence[int], n_rounds: int) -> list[dict[str, float]]:
@@ -134,8 +145,8 @@ def main() -> None:
         os.environ["PERSONA_LOOP_CACHE"] = str(private_cache(Path(folder)))
         found = {
             "machine": machine("cpu"),
-            "toy_rounds": alone(rounds, TOY, [f"n_rounds={10 if quick else 200}"]),
-            "tiny_rounds": alone(rounds, TINY, [*SMALL, "sample.n_samples=32", f"n_rounds={10 if quick else 60}"]),
+            "toy_rounds": several(2 if quick else 5, TOY, [f"n_rounds={10 if quick else 200}"]),
+            "tiny_rounds": several(1, TINY, [*SMALL, "sample.n_samples=32", f"n_rounds={10 if quick else 60}"]),
             "toy_documents": alone(documents, TOY, [], (100, 200) if quick else (250, 500, 1000, 2000, 4000), 5),
             "tiny_documents": alone(documents, TINY, SMALL, (8, 16) if quick else (16, 32, 64, 128, 256), 4),
         }

@@ -254,12 +254,13 @@ def growth(found: dict[str, Any]) -> list[str]:
         "|---|---|---|---|",
     ]
     for name in ("toy", "tiny"):
-        rows = found[f"{name}_rounds"]
+        rows, n_runs = found[f"{name}_rounds"]["rounds"], found[f"{name}_rounds"]["n_runs"]
+        of_runs = f"{len(rows) - 1} rounds" + (f", by round the median of {n_runs} runs" if n_runs > 1 else "")
         for of, what, unit in (("seconds", "seconds a round", 1), ("bytes", "resident MiB", MIB)):
             change = drift(rows, of)
             median = statistics.median(row[of] / unit for row in rows[1:])
             shown = f"{change[0]:+.1%} [{change[1]:+.1%}, {change[2]:+.1%}]"
-            out.append(f"| {name}, {len(rows) - 1} rounds, {what} | {median:.3f} | {shown} | {steadiness(change)} |")
+            out.append(f"| {name}, {of_runs}, {what} | {median:.3f} | {shown} | {steadiness(change)} |")
     out += [
         "",
         "Change: a straight line through the rounds after the first quarter, over the length of the run, as a share of "
@@ -282,7 +283,7 @@ def figure(found: dict[str, Any]) -> bytes:
     drawn = Figure(figsize=(9, 2.6), layout="constrained")
     by_documents, by_tokens, by_time, by_memory = drawn.subplots(1, 4)
     for name in ("toy", "tiny"):
-        rows, played = found[f"{name}_documents"], found[f"{name}_rounds"][1:]
+        rows, played = found[f"{name}_documents"], found[f"{name}_rounds"]["rounds"][1:]
         by_documents.loglog([r["documents"] for r in rows], [r["seconds"] for r in rows], "o-", label=name)
         by_time.semilogy([r["round"] for r in played], [r["seconds"] for r in played], label=name)
         by_memory.plot([r["round"] for r in played], [r["bytes"] / MIB for r in played], label=name)
