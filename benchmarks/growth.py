@@ -3,11 +3,10 @@
     python benchmarks/growth.py [--quick] [--out docs/performance/growth.json]
 
 Seconds are processor time on one thread. Other work on the machine stretches it less than the clock, but it does, so a
-quiet machine is wanted; waiting for the disk is not in it. Not timed as a whole yet. Each series in a process of its own, with
-no text's embedding known beforehand: rounds played before would be read from the cache. `toy` is the loop with the
-exact learner, configs/smoke.yaml; `tiny` the same loop with a 1-3 M parameter model, configs/round.yaml made small.
-Tokens alone are varied on the tiny model: training on documents of joined texts, and sampling so hot that hardly any
-text ends.
+quiet machine is wanted; waiting for the disk is not in it. Each series in a process of its own, with no text's
+embedding known beforehand: rounds played before would be read from the cache. `toy` is the loop with the exact learner,
+configs/smoke.yaml; `tiny` the same loop with a 1-3 M parameter model, configs/round.yaml made small. Tokens alone are
+varied on the tiny model: training on documents of joined texts, and sampling so hot that hardly any text ends.
 """
 
 from __future__ import annotations
