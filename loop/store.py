@@ -424,7 +424,7 @@ def _lock(directory: Path, run: Path) -> int | None:
                 except BlockingIOError:
                     raise LockedError(_held(run, os.pread(fd, 4096, 0))) from None
                 # The directory may have been renamed or removed between open and flock: then this is another's lock.
-                if os.path.exists(path) and os.path.samestat(os.fstat(fd), os.stat(path)):
+                if _is_there(path, fd):
                     holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": _now()}
                     os.ftruncate(fd, 0)
                     _write_all(fd, _json(holder).encode())
@@ -433,6 +433,13 @@ def _lock(directory: Path, run: Path) -> int | None:
             os.close(fd)
             raise
         os.close(fd)
+
+
+def _is_there(path: Path, fd: int) -> bool:
+    """Whether an open file is the one that stands at the path now."""
+    with suppress(FileNotFoundError):
+        return os.path.samestat(os.fstat(fd), os.stat(path))
+    return False
 
 
 def _held(run: Path, content: bytes) -> str:
@@ -446,6 +453,23 @@ def _held(run: Path, content: bytes) -> str:
 
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
+def _empty(staging: Path) -> None:
+    """Removes all that lies in a directory but its lock."""
+    with _disk(staging):
+        names = sorted(os.listdir(staging))
+    for name in names:
+        if name != ".lock":
+            _remove(staging / name)
+
+
+def _abandon(staging: Path) -> None:
+    """Removes a directory that this process holds the lock of; the lock goes last, for then it may be another's."""
+    _empty(staging)
+    _remove(staging / ".lock")
+    with suppress(OSError):  # someone has locked it anew
+        os.rmdir(staging)
 
 
 # --- the run -------------------------------------------------------------------------------------------------------
@@ -608,14 +632,14 @@ class RunStore:
         if os.path.lexists(self.path) and (not self.path.is_dir() or os.listdir(self.path)):
             return False
         staging = self.path.parent / f".tmp-{self.path.name}"
-        _make_dir(staging)
+        _make_dir(staging.parent)
+        with _disk(staging), suppress(FileExistsError):
+            os.mkdir(staging)  # with pathlib's exist_ok it must still be there when the call ends
         fd = _lock(staging, self.path)
         if fd is None:
             return False
         try:
-            for name in sorted(os.listdir(staging)):
-                if name != ".lock":
-                    _remove(staging / name)
+            _empty(staging)
             ancestor = populate(staging)
             _write_new(staging / "config.yaml", config_text.encode())
             whole = given | head | ({"ancestor": ancestor} if ancestor else {})
@@ -628,12 +652,12 @@ class RunStore:
             except OSError as error:
                 if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
                     raise _refused(self.path, 0, error) from error
-                _remove(staging)
+                _abandon(staging)
                 os.close(fd)
                 return False
         except BaseException:
             with suppress(StoreError):
-                _remove(staging)
+                _abandon(staging)
             os.close(fd)
             raise
         self._fd = fd

@@ -607,6 +607,29 @@ def test_of_eight_that_begin_a_run_at_once_one_gets_it(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == [f"run{k}" for k in range(5)]
 
 
+@pytest.mark.parametrize("call", ["mkdir", "open", "flock"])
+def test_who_prepares_a_run_that_another_begins_meanwhile_finds_it_held(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    first, second, module = RunStore(tmp_path / "run"), RunStore(tmp_path / "run"), fcntl if call == "flock" else os
+    real = getattr(module, call)
+
+    def late(target: Any, *args: Any, **kwargs: Any) -> Any:
+        """The call as it is when the first comes and goes between the second's last call and this one."""
+        if call == "flock" or ".tmp-run" in str(target):
+            monkeypatch.setattr(module, call, real)
+            first.open(CONFIG, MANIFEST)
+            if call == "mkdir":
+                raise FileExistsError(17, "File exists")
+        return real(target, *args, **kwargs)
+
+    monkeypatch.setattr(module, call, late)
+    with pytest.raises(LockedError, match="held by pid"):
+        second.open(CONFIG, MANIFEST)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["run"]
+    first.close()
+
+
 # --- names ---
 
 
