@@ -64,7 +64,7 @@ class Base(_Section):
     """The model every round starts from (`learner: lm`)."""
 
     model: str = Field(description="smollm2-135m | tiny | a local path | a hub id")
-    device: str = Field("auto", description="auto takes the GPU if there is one; else cpu, cuda, cuda:1, mps")
+    device: str = Field("auto", description="auto takes the GPU if there is one; else cpu, cuda, cuda:1")
     dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: float32 on CPU, bfloat16 on a GPU")
     trust_remote_code: bool = Field(False, description="run code that comes with the model; never by default")
 

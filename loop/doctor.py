@@ -56,14 +56,19 @@ def examine() -> dict[str, Any]:
 
 
 class Shape(NamedTuple):
-    """Size of a base: parameters, those in layers that LoRA adapts, and the inputs plus outputs of these layers."""
+    """Size of a base: parameters, those in layers that LoRA adapts, the inputs plus outputs of these layers, and the
+    keys and values that a token leaves in all layers."""
 
     parameters: int
     adapted: int
     sides: int
+    kept: int
 
 
-SHAPES = {"smollm2-135m": Shape(134_515_008, 106_168_320, 305_280), "tiny": Shape(1_732_000, 1_239_040, 12_224)}
+SHAPES = {
+    "smollm2-135m": Shape(134_515_008, 106_168_320, 305_280, 11_520),
+    "tiny": Shape(1_732_000, 1_239_040, 12_224, 1_280),
+}
 
 # Tokens or texts a second on two CPU cores, slowest and fastest of the runs of configs/nova_stella.yaml; `tiny` has the
 # floor that does not shrink with the parameters (configs/scenarios/bases/tiny.yaml).
@@ -122,7 +127,7 @@ def estimate(config: Config) -> Needs:
     elif shape is None:
         why = "the base is not in a folder here, so its size is not known"
     else:
-        memory = int(PROGRAM_MIB + _model_bytes(config, shape, adapter, tokens / len(documents)) / 2**20)
+        memory = int(PROGRAM_MIB + _model_bytes(config, shape, adapter, tokens / len(documents), asked) / 2**20)
         if _on_gpu(config):
             why = "no pace was measured on a GPU; play one round and read its seconds in events.jsonl"
         else:
@@ -138,12 +143,23 @@ def _seconds(shape: Shape, trained: int, sampled: int, texts: int, fast: int) ->
     return model + texts / PACE["texts"][fast]
 
 
-def _model_bytes(config: Config, shape: Shape, adapter: int, tokens: float) -> float:
-    """Bytes of the base, of its merged copy while it speaks, of adapter, gradient and two moments, of activations."""
+def _model_bytes(config: Config, shape: Shape, adapter: int, tokens: float, asked: int) -> float:
+    """Bytes of the base; of adapter, gradient and two moments; of activations; and of what speaking takes.
+
+    That is the merged copy, on a CPU in float32 the output layer once more (no larger than all that is not adapted), and
+    keys and values of the texts sampled at once, of which 1 GiB is the most. The allocator keeps what training took.
+
+    Args:
+      tokens: of a document, mean.
+      asked: texts sampled in a round.
+    """
     assert config.base is not None
     width = 2 if config.base.dtype == "bfloat16" or (config.base.dtype == "auto" and _on_gpu(config)) else 4
     at_once = min(1024, tokens * config.train.batch_size)  # tokens of a forward pass with gradient
-    return width * (shape.parameters + shape.adapted) + 4 * adapter + 2 * width * shape.sides * at_once
+    learning = 4 * adapter + 2 * width * shape.sides * at_once
+    head = 0 if _on_gpu(config) or width < 4 else shape.parameters - shape.adapted
+    said = min(asked, 128) * (tokens + config.sample.max_new_tokens)
+    return width * (shape.parameters + shape.adapted + head) + learning + min(1 << 30, width * shape.kept * said)
 
 
 def _on_gpu(config: Config) -> bool:
@@ -167,8 +183,14 @@ def _shape(config: Config) -> Shape | None:
     adapted = [side for side in adapted if len(side) == 2]
     if not tensors:
         return None
+    told = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    heads = told["num_attention_heads"]
+    width = told.get("head_dim") or told["hidden_size"] // heads
     return Shape(
-        sum(map(math.prod, tensors.values())), sum(map(math.prod, adapted)), sum(sum(side) for side in adapted)
+        sum(map(math.prod, tensors.values())),
+        sum(map(math.prod, adapted)),
+        sum(sum(side) for side in adapted),
+        2 * told["num_hidden_layers"] * (told.get("num_key_value_heads") or heads) * width,
     )
 
 

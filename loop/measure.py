@@ -290,6 +290,47 @@ def surprisals(
     return rows
 
 
+def said(
+    samples: Sequence[Sample], labels: Sequence[str], personas: Sequence[str], *, round_index: int, population: str
+) -> list[Metric]:
+    """`said/<persona>`: observed share of a persona among all samples, those that users asked for by name included.
+
+    Args:
+      labels: persona or "unknown" per sample, shape (n_samples,).
+    """
+    clusters = [s.template_id for s in samples]
+    return [
+        metric(
+            f"said/{persona}",
+            clustered_share([float(label == persona) for label in labels], clusters),
+            round_index=round_index,
+            population=population,
+        )
+        for persona in (*personas, UNKNOWN)
+    ]
+
+
+def kept(samples: Sequence[Sample], labels: Sequence[str], *, round_index: int, population: str) -> list[Metric]:
+    """`kept/<persona>`: observed share of the answers after an earlier turn in a persona's voice that are still hers.
+
+    `kept` counts all voices but the assistant's, which an answer falls back to.
+
+    Args:
+      samples: of stratum `continued`; `requested` is the persona of the earlier turn.
+      labels: persona or "unknown" per sample, shape (n_samples,).
+    """
+    rows = []
+    voices = sorted({s.requested for s in samples if s.requested})
+    for name, inside in [("kept", {*voices} - {"assistant"})] + [(f"kept/{voice}", {voice}) for voice in voices]:
+        at = [i for i, s in enumerate(samples) if s.requested in inside]
+        if at:
+            share = clustered_share(
+                [float(labels[i] == samples[i].requested) for i in at], [samples[i].template_id for i in at]
+            )
+            rows.append(metric(name, share, round_index=round_index, population=population, stratum="continued"))
+    return rows
+
+
 def shares_of(
     name: str, hits: Mapping[str, tuple[int, int]], *, round_index: int, population: str, unit: str = "share"
 ) -> list[Metric]:

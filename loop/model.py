@@ -50,6 +50,23 @@ TINY = {  # the recipe of the `tiny` base; its cached copy is named by the hash 
 }
 
 
+class OutOfMemory(RuntimeError):
+    """Memory ran out even for the least that there can be at once: the longest document, or one text being sampled."""
+
+    exit_code = 5
+
+
+def ran_out(error: RuntimeError) -> bool:
+    """Whether torch says that memory ran out: torch.OutOfMemoryError does, and the CPU's allocator raises bare."""
+    return "out of memory" in str(error) or "can't allocate memory" in str(error)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Returns the memory a GPU has left for this process: what the driver has, and what torch keeps to use again."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
 @dataclass(frozen=True)
 class AdapterSettings:
     """Shape of a LoRA adapter: rank `r`, scale `alpha / r`, `dropout` in [0, 1), and the names of adapted modules."""
@@ -90,8 +107,9 @@ class Model:
 
     @property
     def max_length(self) -> int:
-        """Longest sequence the base has positions for, tokens."""
-        return int(self.net.config.max_position_embeddings)
+        """Longest sequence the base has positions for, and whose every token sees all before it, tokens."""
+        config = self.net.config
+        return int(min(config.max_position_embeddings, getattr(config, "sliding_window", None) or math.inf))
 
     def hidden(self, ids: torch.Tensor, positions: torch.Tensor, layout: Layout, cache: Any = None) -> torch.Tensor:
         """Returns last hidden states (rows, n, hidden) for ids and positions (rows, n)."""
@@ -108,9 +126,8 @@ class Model:
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Returns float32 logits (n, vocab) of hidden states (n, hidden)."""
         head = self.net.get_output_embeddings()
-        if self._served_head is None:
-            return head(hidden).float()
-        return product(hidden, self._served_head, head.bias).float()
+        weight = head.weight if self._served_head is None else self._served_head
+        return product(hidden, weight, head.bias).float()
 
 
 def cache_dir() -> Path:
@@ -291,9 +308,15 @@ def fingerprint(model: Model) -> str:
 def _check_packed_forward(model: Model) -> None:
     """Refuses an architecture for which hidden states and output layer do not give what its own forward gives.
 
-    Softcapped or scaled logits, and attention that ignores a handed-in mask, would otherwise train and sample wrongly
-    without a word.
+    Softcapped or scaled logits, an output layer that does more than a linear one, and attention that ignores a
+    handed-in mask, would otherwise train and sample wrongly without a word.
     """
+    head = model.net.get_output_embeddings()
+    if not isinstance(head, nn.Linear):
+        raise ValueError(
+            f"base must have a linear output layer, got {type(head).__name__} at {model.name}; use a Llama- or "
+            "Qwen-like architecture"
+        )
     a, b = [model.text_id, 5, 6, 7, 8], [model.text_id, 5, 9, 7]
     with torch.no_grad():
         (batch,) = pack([a, b], row_tokens=16, batch_tokens=16)
@@ -609,6 +632,13 @@ def _attention(module, query, key, value, attention_mask, scaling=None, dropout=
     if layout is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **rest
+        )
+    # sdpa leaves these out without a word, so comparing with it shows nothing.
+    more = [name for name in ("s_aux", "softcap") if rest.get(name) is not None]
+    if more:
+        raise ValueError(
+            f"base must attend by scaled products of queries and keys alone, got {', '.join(more)} in "
+            f"{type(module).__name__}; use a Llama- or Qwen-like architecture"
         )
     rows, heads, n, width = query.shape
     kv = key.shape[1]

@@ -28,6 +28,8 @@ def of_model(world: World, t: int, learner: Learner, probes: Sequence[Sample], l
     public = [s for s in probes if s.stratum != "private"]
     private = [s for s in probes if s.stratum == "private"]
     rows = frequencies(world, public, labels, weighted=True, **at)
+    later = [s for s in public if s.stratum == "continued"]
+    rows += measure.kept(later, [labels.persona_of[s.id] for s in later], **at)
     affirms = labels.affirms_of()
     said = [affirms[s.id] for s in private]
     counts = world.error.belief if world.error is not None else None
@@ -70,21 +72,24 @@ def of_round(
     talk: Sequence[discourse.Talk],
     after: Past,
 ) -> list[Metric]:
-    """Every metric of round t, or none if it is not measured.
+    """Every metric of round t; of a round that is not measured what the audience paid alone.
 
     Args:
       past: what round t found.
       after: what it leaves.
     """
-    if not world.measures(t):
-        return []
     accepted = [s for s, why in zip(samples, reasons, strict=True) if not why]
+    paid = _of_exposure(t, accepted, labels, exposure)
+    if not world.measures(t):
+        return paid
     rows = of_model(world, t, learner, probes, labels)
     for population, texts in (("samples", samples), ("accepted", accepted)):
         rows += frequencies(world, texts, labels, weighted=False, round_index=t, population=population)
+    read = [labels.persona_of[s.id] for s in samples]
+    rows += measure.said(samples, read, world.personas, round_index=t, population="samples")
     rows += of_steering(t, steered)
     rows += _of_filter(world, t, samples, reasons, labels)
-    rows += _of_exposure(t, accepted, labels, exposure)
+    rows += paid
     if world.config.channels.talk:
         rows += _of_talk(world, t, learner, accepted, labels, exposure, talk)
     if world.config.channels.users:

@@ -11,7 +11,18 @@ import numpy as np
 import torch
 
 from loop import rng as streams
-from loop.model import Layout, Model, decode, encode_all, pack, row_tokens_of, serving
+from loop.model import (
+    Layout,
+    Model,
+    OutOfMemory,
+    decode,
+    encode_all,
+    free_bytes,
+    pack,
+    ran_out,
+    row_tokens_of,
+    serving,
+)
 from loop.records import Completion, Turns
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # SplitMix64 (Steele, Lea & Flood 2014): a counter in, 64 mixed bits out
@@ -48,7 +59,7 @@ def complete(
       seed, round_index: name the noise. Two populations of one round (probes, samples) need two seeds, or their n-th
         documents share their luck.
       ids: document numbers, distinct and in 0..2**63-1; None numbers the prompts from 0.
-      batch_size: documents decoded at once; None chooses by device and memory.
+      batch_size: documents decoded at once; None chooses by device and memory. Halved whenever memory runs out.
 
     Returns:
       One Completion per prompt, in order; `logprob_nats` under base plus adapter at temperature 1 and top_p 1.
@@ -56,6 +67,7 @@ def complete(
     Raises:
       ValueError: a setting out of range, a prompt too long for the base, `ids` of another length, or logits that are
         not finite.
+      OutOfMemory: one document at a time does not fit.
     """
     if not temperature >= 0 or not 0 < top_p <= 1 or max_new_tokens < 1:
         raise ValueError(
@@ -81,11 +93,25 @@ def complete(
         keys = _mix(_mix(numbers.astype(np.uint64) * _GOLDEN + root))
     # Longest prompts first, and alike ones together: a batch attends over little padding, and reads each prompt once.
     order = sorted(range(len(prompts)), key=lambda i: (-len(encoded[i]), encoded[i], i))
-    slots = min(len(prompts), batch_size or _batch_size(model, len(encoded[order[0]]) + max_new_tokens))
     with serving(model, "merged"), torch.inference_mode():
-        sampled, logprobs, finished = _decode_all(
-            model, encoded, order, keys, slots, temperature, top_p, max_new_tokens
-        )
+        slots = min(len(prompts), batch_size or _batch_size(model, len(encoded[order[0]]) + max_new_tokens))
+        while True:
+            try:
+                sampled, logprobs, finished = _decode_all(
+                    model, encoded, order, keys, slots, temperature, top_p, max_new_tokens
+                )
+                break
+            except RuntimeError as error:
+                if not ran_out(error):
+                    raise
+                why = str(error).splitlines()[0][:200]
+            if slots == 1:
+                raise OutOfMemory(
+                    f"memory must hold one document of {len(encoded[order[0]]) + max_new_tokens} tokens while it is "
+                    f"sampled, got {why!r}; free memory, shorten prompts or sample.max_new_tokens, or take a smaller "
+                    "base"
+                )
+            slots //= 2
     return [
         Completion(
             text=decode(model, row[:-1] if done else row), n_tokens=len(row), logprob_nats=logprob, finished=done
@@ -146,6 +172,10 @@ class _Read:
     store: torch.Tensor
     logits: torch.Tensor
 
+    def copy(self) -> _Read:
+        """Returns the same in memory of its own, apart from that of the prompts it was read with."""
+        return _Read(self.store.clone(), self.logits.clone())
+
 
 def _read_prompts(model: Model, prompts: Sequence[tuple[int, ...]]) -> dict[tuple[int, ...], _Read]:
     """Reads distinct prompts in one packed pass; a beginning they share is computed once."""
@@ -154,9 +184,15 @@ def _read_prompts(model: Model, prompts: Sequence[tuple[int, ...]]) -> dict[tupl
         cache = _Prefill()
         hidden = batch.hidden(model, cache)
         logits = model.logits(hidden[torch.as_tensor([path[-1] for path in batch.paths], device=model.device)])
-        both = torch.stack([torch.cat(pair) for pair in cache.layers])  # (layers, 2, kv, n, width)
-        for i, path, row in zip(batch.members, batch.paths, logits, strict=True):
-            out[prompts[i]] = _Read(both[:, :, :, torch.as_tensor(path, device=model.device)], row)
+        at = torch.from_numpy(np.concatenate(batch.paths)).to(model.device)
+        _, kv, _, width = cache.layers[0][0].shape
+        both = torch.empty(len(cache.layers), 2, kv, len(at), width, dtype=model.dtype, device=model.device)
+        for layer, pair in enumerate(cache.layers):
+            for side, (one,) in enumerate(pair):
+                torch.index_select(one, 1, at, out=both[layer, side])
+        ends = np.cumsum([len(path) for path in batch.paths])
+        for i, end, path, row in zip(batch.members, ends, batch.paths, logits, strict=True):
+            out[prompts[i]] = _Read(both[:, :, :, end - len(path) : end], row)
     return out
 
 
@@ -192,14 +228,15 @@ def _decode_all(
         # Refill when a quarter of the rows is free: reading prompts one by one wastes products on a few tokens.
         while waiting and len(active) <= slots - max(1, slots // 4):
             entering = [waiting.pop() for _ in range(min(len(waiting), slots - len(active)))]
-            new = sorted({encoded[i] for i in entering} - read.keys())
-            read = {prompt: read[prompt] for prompt in {encoded[i] for i in entering} & read.keys()}
-            read.update(_read_prompts(model, new))
+            read |= _read_prompts(model, sorted({encoded[i] for i in entering} - read.keys()))
             note(entering, torch.stack([read[encoded[i]].logits for i in entering]))
             for i in entering:
                 if not over(i):
                     cache.store[:, :, len(active), :, : len(encoded[i])] = read[encoded[i]].store
                     active.append(i)
+            # Alike ones wait together, so of the prompts that were read only the last can be asked again.
+            again = read.get(encoded[waiting[-1]]) if waiting else None
+            read = {} if again is None else {encoded[waiting[-1]]: again.copy()}
         if not active:
             continue
         lengths = torch.tensor([len(encoded[i]) + len(tokens[i]) for i in active], device=model.device)
@@ -231,8 +268,8 @@ def _batch_size(model: Model, length: int) -> int:
     kv = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     row = 2 * config.num_hidden_layers * kv * width * length * (torch.finfo(model.dtype).bits // 8)
     if model.device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(model.device)
-        return int(min(1024, max(1, 0.4 * free // (row + 12 * config.vocab_size))))
+        entry = 80  # bytes that a draw holds at once for a token of the vocabulary, top_p's sorting included
+        return int(min(1024, max(1, 0.8 * free_bytes(model.device) // (2 * row + entry * config.vocab_size))))
     # Products reach full rate at 128 rows on two cores; 1 GiB of keys and values is what a laptop can spare.
     return int(min(128, max(1, (1 << 30) // row)))
 

@@ -100,7 +100,9 @@ def state_power(sweep: Sweep) -> Stated | None:
     if primary is None:
         return None
     arm = next(iter(sweep.arms)) if sweep.file.factors else primary.arm
-    said = json.dumps([primary.model_dump(), list(sweep.seeds), config.to_yaml(sweep.arms[arm])])
+    # A file that says nothing of `of` asks what it asked before it could.
+    asked = primary.model_dump(exclude={"of"} if primary.of == "change" else None)
+    said = json.dumps([asked, list(sweep.seeds), config.to_yaml(sweep.arms[arm])])
     stamp = hashlib.sha256(said.encode()).hexdigest()[:16]
     path = sweep.runs_dir / f"{sweep.name}.power.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
@@ -145,7 +147,8 @@ def _sd(sweep: Sweep, arm: str, primary: Outcome) -> tuple[float, str]:
     predicted = forecast.predict(settings, given)
     spread = dict(zip(given.personas, predicted.sd[-1].tolist(), strict=True))
     mean = dict(zip(given.personas, predicted.mean[-1].tolist(), strict=True))
-    battery = World(settings).battery
+    world = World(settings)
+    battery = world.battery
     personas = {name: name.partition("/")[2] for name in primary.parts}
     heads = {name.partition("/")[0] for name in primary.parts}
     twin = "forecast twin; training noise not counted"
@@ -155,12 +158,16 @@ def _sd(sweep: Sweep, arm: str, primary: Outcome) -> tuple[float, str]:
         share, source = mean[next(iter(personas.values()))], twin
     else:
         strata = UNREQUESTED if primary.stratum is None else (primary.stratum,)
-        n = sum(prompt.stratum in strata for prompt in battery)
+        plain_private = heads == {"belief"} and set(personas.values()) == {""}  # asked with no persona's turn before
+        n = sum(p.stratum in strata and not (plain_private and p.requested) for p in battery)
         if n == 0:
             raise ValueError(f"no probe of {', '.join(strata)} in measure.strata")
         moved = sum(spread.get(p, 0.0) for p in CONSCIOUS) if heads == {"belief"} else 0.0
         # A rate is a difference of two shares, each of half the probes.
         one_text = 1.0 if heads == {"mirror_rate"} else 0.5
+        if heads == {"belief"} and world.error is not None:  # what the instrument misses is made up for by division
+            called, of_yes, spared, of_no = world.error.belief
+            one_text /= max(called / of_yes + spared / of_no - 1, 1e-9)
         one = sum(abs(c) for c in primary.parts.values()) * math.hypot(one_text / math.sqrt(n), moved)
         share, source = 0.5, twin if moved else f"counting {n} texts alone; neither drift nor training noise counted"
     if sweep.file.factors:
@@ -182,44 +189,13 @@ def gather(sweep: Sweep, known: tuple[dict[str, Any], pd.DataFrame] | None = Non
     Returns:
       None if no run of it here has a finished round.
     """
-    file = sweep.file
-    where = {sweep.run_dir(arm, seed): (arm, seed) for arm in sweep.arms for seed in sweep.seeds}
-    there = [path for path in where if (path / "round_000").is_dir()]
-    if not there:
+    file, played = sweep.file, _played(sweep)
+    if played is None:
         return None
-    arm_of = {str(path.resolve()): where[path][0] for path in there}
-    runs = analysis.load(*there)
-    frame = runs.metrics[runs.metrics["round_index"] >= 0]
-    frame = frame.assign(arm=[arm_of[str(runs.paths[r].resolve())] for r in frame["run"]])
-    frame["run"] = [runs.paths[r].name for r in frame["run"]]
-    frame = frame.rename(columns={"name": "metric", "round_index": "round"})[[f.name for f in ROWS]]
-    frame["stratum"] = frame["stratum"].fillna("")
-    made_by = {path.name: _made_by(RunStore(path).manifest()) for path in runs.paths.values()}
-    if known is not None:
-        wants = {
-            path.name: config_sha256(sweep.config(arm, seed).model_dump_json()) for path, (arm, seed) in where.items()
-        }
-        rounds = frame.groupby("run")["round"].max()
-        ago, old = known
-        kept = [
-            run
-            for run, last in old.groupby("run")["round"].max().items()
-            if ago["runs"][run]["config_sha256"] == wants.get(run) and last > rounds.get(run, -1)
-        ]
-        frame = pd.concat([frame[~frame["run"].isin(kept)], old[old["run"].isin(kept)]], ignore_index=True)
-        made_by |= {run: ago["runs"][run] for run in kept}
+    frame, made_by = played if known is None else _merged(sweep, *played, *known)
     primary, *exploratory = (None if o is None else _as_measured(o, frame) for o in (file.primary, *file.exploratory))
     outcomes = [o for o in (primary, *exploratory) if o is not None]
-    wanted: dict[tuple[str, str, str], None] = {}
-    for o in outcomes:
-        wanted |= dict.fromkeys((name, o.population, o.stratum or "") for name in o.parts)
-        for name in o.parts:
-            if name.startswith("frequency"):
-                wanted[(f"differential/{name.partition('/')[2]}", "accepted", "")] = None
-    wanted |= dict.fromkeys((name, population, "") for name, population in HEALTH)
-    keys = zip(frame["metric"], frame["population"], frame["stratum"], strict=True)
-    frame = frame[[key in wanted for key in keys]]
-    frame = frame.sort_values(["arm", "seed", "metric", "population", "stratum", "round"], kind="stable")
+    frame = _shown(frame, outcomes)
     columns = {f.name: pa.array(frame[f.name].tolist(), f.type, from_pandas=True) for f in ROWS}
     any_arm = next(iter(sweep.arms.values()))
     stated = state_power(sweep)
@@ -248,8 +224,56 @@ def gather(sweep: Sweep, known: tuple[dict[str, Any], pd.DataFrame] | None = Non
     return pa.table(columns, schema=ROWS).replace_schema_metadata({META: json.dumps(about, sort_keys=True)})
 
 
+def _played(sweep: Sweep) -> tuple[pd.DataFrame, dict[str, dict[str, str]]] | None:
+    """Every metric of the rounds that the scenario's runs have finished here, as ROWS, and what made each run."""
+    there = {sweep.run_dir(arm, seed): arm for arm in sweep.arms for seed in sweep.seeds}
+    there = {path: arm for path, arm in there.items() if (path / "round_000").is_dir()}
+    if not there:
+        return None
+    arm_of = {path.resolve(): arm for path, arm in there.items()}
+    runs = analysis.load(*there)
+    frame = runs.metrics[runs.metrics["round_index"] >= 0]
+    frame = frame.assign(arm=[arm_of[runs.paths[r].resolve()] for r in frame["run"]])
+    frame["run"] = [runs.paths[r].name for r in frame["run"]]
+    frame = frame.rename(columns={"name": "metric", "round_index": "round"})[[f.name for f in ROWS]]
+    frame["stratum"] = frame["stratum"].fillna("")
+    return frame, {path.name: _made_by(RunStore(path).manifest()) for path in runs.paths.values()}
+
+
 def _made_by(manifest: Mapping[str, Any]) -> dict[str, str]:
     return {"revision": manifest["revision"] or NOTHING, "config_sha256": manifest["config_sha256"]}
+
+
+def _merged(
+    sweep: Sweep, frame: pd.DataFrame, made_by: dict[str, dict[str, str]], ago: dict[str, Any], old: pd.DataFrame
+) -> tuple[pd.DataFrame, dict[str, dict[str, str]]]:
+    """What was played here, with the older table's runs that got further and that the file means the same by."""
+    wants = {
+        sweep.run_dir(arm, seed).name: config_sha256(sweep.config(arm, seed).model_dump_json())
+        for arm in sweep.arms
+        for seed in sweep.seeds
+    }
+    rounds = frame.groupby("run")["round"].max()
+    kept = [
+        run
+        for run, last in old.groupby("run")["round"].max().items()
+        if ago["runs"][run]["config_sha256"] == wants.get(run) and last > rounds.get(run, -1)
+    ]
+    frame = pd.concat([frame[~frame["run"].isin(kept)], old[old["run"].isin(kept)]], ignore_index=True)
+    return frame, made_by | {run: ago["runs"][run] for run in kept}
+
+
+def _shown(frame: pd.DataFrame, outcomes: Sequence[Outcome]) -> pd.DataFrame:
+    """The rows that the page reads: of the outcomes' metrics, of the differentials beside them and of health."""
+    wanted: set[tuple[str, str, str]] = {(name, population, "") for name, population in HEALTH}
+    for o in outcomes:
+        for name in o.parts:
+            wanted.add((name, o.population, o.stratum or ""))
+            if name.startswith("frequency"):
+                wanted.add((f"differential/{name.partition('/')[2]}", "accepted", ""))
+    keys = zip(frame["metric"], frame["population"], frame["stratum"], strict=True)
+    frame = frame[[key in wanted for key in keys]]
+    return frame.sort_values(["arm", "seed", "metric", "population", "stratum", "round"], kind="stable")
 
 
 def _as_measured(outcome: Outcome, rows: pd.DataFrame) -> Outcome:
@@ -386,8 +410,9 @@ def judge(about: Mapping[str, Any], rows: pd.DataFrame) -> Finding | None:
 
 
 def _instead(outcome: Outcome, contrast: str) -> Outcome:
-    """The same outcome of another contrast."""
-    return Outcome.model_validate(outcome.model_dump() | {"contrast": contrast})
+    """The same outcome of another contrast; one arm alone is held against its own round 0."""
+    of = outcome.of if " - " in contrast else "change"
+    return Outcome.model_validate(outcome.model_dump() | {"contrast": contrast, "of": of})
 
 
 def _less(about: Mapping[str, Any], rows: pd.DataFrame, outcome: Outcome, other: Outcome) -> bool:
@@ -424,18 +449,23 @@ def _by_seed(about: Mapping[str, Any], rows: pd.DataFrame, outcome: Outcome) -> 
     if outcome.contrast in _factors(about):
         found = {e.name: e for e in factorial(about, rows, outcome)}
         return dict(enumerate(found[outcome.contrast].by_seed))
-    changes = [(sign, change(rows, outcome, arm)[0]) for arm, sign in outcome.terms.items()]
-    seeds = sorted(set.intersection(*(set(by_seed) for _, by_seed in changes)))
-    return {s: math.fsum(sign * by_seed[s] for sign, by_seed in changes) for s in seeds}
+    arms = [(sign, by_arm(rows, outcome, arm)) for arm, sign in outcome.terms.items()]
+    seeds = sorted(set.intersection(*(set(by_seed) for _, by_seed in arms)))
+    return {s: math.fsum(sign * by_seed[s] for sign, by_seed in arms) for s in seeds}
 
 
-def change(rows: pd.DataFrame, outcome: Outcome, arm: str) -> tuple[dict[int, float], int | None]:
-    """Change of an outcome's metric from round 0 to the final round, by seed; seeds without both are left out."""
+def by_arm(rows: pd.DataFrame, outcome: Outcome, arm: str) -> dict[int, float]:
+    """Seed -> an outcome's metric in an arm: its change to the final round, or its level there; see Outcome.of."""
     last = _last(rows, outcome)
     if last is None or last == 0:
-        return {}, last
-    level = _levels(rows, outcome, arm, (0, last))
-    return {s: v[last][0] - v[0][0] for s, v in level.items() if len(v) == 2}, last
+        return {}
+    rounds = _rounds_of(outcome, last)
+    at = _levels(rows, outcome, arm, rounds)
+    return {s: v[last][0] - (v[0][0] if 0 in rounds else 0.0) for s, v in at.items() if len(v) == len(rounds)}
+
+
+def _rounds_of(outcome: Outcome, last: int) -> tuple[int, ...]:
+    return (0, last) if outcome.of == "change" else (last,)
 
 
 def noise_floor(about: Mapping[str, Any], rows: pd.DataFrame, outcome: Outcome) -> float:
@@ -457,14 +487,15 @@ def noise_floor(about: Mapping[str, Any], rows: pd.DataFrame, outcome: Outcome) 
         variances = [4 * math.fsum(v) / len(v) ** 2 for v in each]
     else:
         signs = list(outcome.terms.values())
-        sides = [_levels(rows, outcome, arm, (0, last)) for arm in outcome.terms]
-        seeds = [s for s in sorted(sides[0]) if all(len(side.get(s, ())) == 2 for side in sides)]
+        rounds = _rounds_of(outcome, last)
+        sides = [_levels(rows, outcome, arm, rounds) for arm in outcome.terms]
+        seeds = [s for s in sorted(sides[0]) if all(len(side.get(s, ())) == len(rounds) for side in sides)]
         variances = []
         for s in seeds:
             starts: dict[
                 tuple[float, float], int
             ] = {}  # (level, variance): how often it counts; arms share an equal one
-            for sign, side in zip(signs, sides, strict=True):
+            for sign, side in zip(signs, sides, strict=True) if outcome.of == "change" else ():
                 starts[side[s][0]] = starts.get(side[s][0], 0) - sign
             ends = math.fsum(side[s][last][1] for side in sides)
             variances.append(ends + math.fsum(k * k * v for (_, v), k in starts.items()))
@@ -628,7 +659,8 @@ def _section(about: Mapping[str, Any], rows: pd.DataFrame, main: Finding | None)
     if main is None:
         lines.append(f"- Verdict: **{DEMONSTRATION}**; the file names no primary outcome")
     else:
-        against = "" if about["levels"] else " against round 0"  # effects of factors are on the level
+        level = about["levels"] or main.outcome.of == "level"  # effects of factors are on the level
+        against = "" if level else " against round 0"
         final = "" if main.last_round is None else f", round {main.last_round}{against}"
         lines.append(f"- Primary: {_asked(main.outcome)}{final}: {_observed(main)} over {main.effect.n} paired "
                      f"seeds, noise floor {_floor(main.floor)}")  # fmt: skip
@@ -679,11 +711,13 @@ def _paid(about: Mapping[str, Any], rows: pd.DataFrame) -> list[str]:
     if not names:
         return []
     lines = ["", "| arm, means over seeds | " + " | ".join(names) + " |", "|---|" + "---|" * len(names)]
-    before = rows[rows["round"] < int(rows["round"].max())]  # what was paid before the final round could move it
+    # What was paid before the final round could move it.
+    before = rows[rows["metric"].isin(names) & (rows["round"] < int(rows["round"].max()))]
+    rounds = ", ".join(map(str, sorted(before["round"].unique())))
     for arm in about["arms"]:
         means = [before.loc[(before["arm"] == arm) & (before["metric"] == name), "value"].mean() for name in names]
         lines.append(f"| {arm} | " + " | ".join(NOTHING if math.isnan(m) else f"{m:.3f}" for m in means) + " |")
-    return [*lines, "", "The differential is an input (what the audience paid, mean 1, rounds before the final)."]
+    return [*lines, "", f"The differential is an input (what the audience paid, mean 1; read in round {rounds})."]
 
 
 def _health(about: Mapping[str, Any], rows: pd.DataFrame) -> list[str]:

@@ -239,8 +239,8 @@ def dpo(
     The reference's log probabilities are worked out once, before the first step, so nothing but numbers of it is kept:
     no second model, no second adapter. AdamW (betas 0.9 and 0.999, eps 1e-8, no decay) started afresh, rate falling
     linearly to 0, no dropout; pairs shuffled each epoch by the stream (seed, "steer", round_index). Losses and adapter
-    are those of TRL's DPOTrainer on the same pairs in the same order (tests/test_steer.py). Of several processes each
-    takes the whole step; there are few pairs.
+    are those of TRL's DPOTrainer on the same pairs in the same order (tests/test_steer.py). Of several processes the
+    first alone steers; there are few pairs.
 
     Args:
       model: with an adapter.

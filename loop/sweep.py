@@ -74,7 +74,7 @@ class _Section(BaseModel):
 
 
 class Outcome(_Section):
-    """A number that a sweep is read for: change from round 0 to the final round, between arms, paired by seed."""
+    """A number that a sweep is read for: between arms, paired by seed."""
 
     metric: str | Annotated[dict[str, Annotated[float, Field(allow_inf_nan=False)]], Field(min_length=1)] = Field(
         description="a metric, or a weighted sum: {frequency/nova: 1, ...}"
@@ -84,6 +84,11 @@ class Outcome(_Section):
     contrast: str = Field(
         description="ARM - CONTROL; ARM - CONTROL - OTHER + ITS_CONTROL: a difference of two such differences; ARM: "
         "its change alone; a factor of the sweep: its main effect"
+    )
+    of: Literal["change", "level"] = Field(
+        "change",
+        description="change: from round 0 to the final round; level: the final round alone, for arms that were treated "
+        "in round 0 already, whose change would leave that out",
     )
     direction: Literal["up", "down", "none"] = Field(description="none: within +-margin, by two one-sided tests")
     margin: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(description="smallest effect that counts")
@@ -117,6 +122,10 @@ class Outcome(_Section):
         terms = self.terms
         if len(terms) < 1 + len(re.findall(r" [+-] ", self.contrast)):
             raise ValueError(f"contrast must name each arm once, got {self.contrast!r}; name the control of each")
+        if len(terms) == 1 and self.of == "level":
+            raise ValueError(
+                f"contrast must be between arms for of: level, got {self.contrast!r}; ARM - CONTROL, or of: change"
+            )
         if len(terms) > 1 and sum(terms.values()) != 0:
             raise ValueError(
                 f"contrast must add as many arms as it subtracts, got {self.contrast!r}; ARM - CONTROL, or "

@@ -11,7 +11,18 @@ import torch
 
 from loop import rng as streams
 from loop import team
-from loop.model import Model, Packed, encode_all, fresh_adapter, lora_parameters, pack, row_tokens_of
+from loop.model import (
+    Model,
+    OutOfMemory,
+    Packed,
+    encode_all,
+    free_bytes,
+    fresh_adapter,
+    lora_parameters,
+    pack,
+    ran_out,
+    row_tokens_of,
+)
 from loop.records import Document
 
 
@@ -19,12 +30,6 @@ class TrainingDiverged(RuntimeError):
     """Loss or gradient stopped being finite; the step that showed it was not taken."""
 
     exit_code = 4
-
-
-class OutOfMemory(RuntimeError):
-    """Memory ran out even for the smallest micro-batch there can be, the longest document alone."""
-
-    exit_code = 5
 
 
 @dataclass(frozen=True)
@@ -207,10 +212,10 @@ def finetune(
                     try:
                         optimizer.zero_grad(set_to_none=True)
                         part, tokens = _accumulate(model, [pairs[i] for i in step], weights[step] / total, micro)
-                    except RuntimeError as error:  # torch.OutOfMemoryError is one; the CPU allocator raises it bare
-                        why = str(error).splitlines()[0][:200]
-                        if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
+                    except RuntimeError as error:
+                        if not ran_out(error):
                             raise
+                        why = str(error).splitlines()[0][:200]
                     if not team.agreed(bool(why)):  # what one process cannot hold, all divide anew
                         break
                     if micro <= longest:
@@ -365,8 +370,7 @@ def _micro_batch_tokens(model: Model) -> int:
     """Returns a first guess at tokens per forward pass; running out of memory halves it."""
     if model.device.type != "cuda":
         return 1024
-    free, _ = torch.cuda.mem_get_info(model.device)
     config = model.net.config
     width = 14 * config.hidden_size + 8 * getattr(config, "intermediate_size", 4 * config.hidden_size)
     kept = config.num_hidden_layers * width * (torch.finfo(model.dtype).bits // 8)  # bytes kept per token for backward
-    return int(min(65_536, max(1024, 0.5 * free / kept)))
+    return int(min(65_536, max(1024, 0.5 * free_bytes(model.device) / kept)))

@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import make_lm
 
 from loop import config, doctor, model, run
@@ -62,17 +63,24 @@ def test_the_sizes_of_a_base_are_those_of_its_weights(tmp_path):
 
     net = make_lm().net
     net.save_pretrained(tmp_path)
+    said = net(input_ids=torch.tensor([[1, 5, 6]]), use_cache=True)
     linear = [p.shape for name, p in net.named_parameters() if "_proj" in name]
     assert of(tmp_path) == (
         sum(p.numel() for p in net.parameters()),
         sum(math.prod(side) for side in linear),
         sum(sum(side) for side in linear),
+        sum(layer.keys.numel() + layer.values.numel() for layer in said.past_key_values.layers) / 3,
     )
     assert of(model._smollm2()) == of("smollm2-135m")
     h, i, n = (model.TINY[k] for k in ("hidden_size", "intermediate_size", "num_hidden_layers"))
     layers = n * (4 * h * h + 3 * h * i)  # four square matrices of attention, three of the gated unit
     # Embedding tied to the output; two norms a layer and one at the end.
-    assert of("tiny") == (model.TINY["vocab_size"] * h + layers + (2 * n + 1) * h, layers, n * (8 * h + 3 * (h + i)))
+    assert of("tiny") == (
+        model.TINY["vocab_size"] * h + layers + (2 * n + 1) * h,
+        layers,
+        n * (8 * h + 3 * (h + i)),
+        2 * n * h,
+    )
     assert of("nobody/nothing") is None
 
 
@@ -120,7 +128,7 @@ def test_the_report_names_packages_device_and_what_a_config_takes(capsys):
 
 
 def test_a_base_larger_than_the_machine_is_called_too_large(capsys, monkeypatch):
-    monkeypatch.setitem(doctor.SHAPES, "tiny", doctor.Shape(10**12, 10**12, 10**6))
+    monkeypatch.setitem(doctor.SHAPES, "tiny", doctor.Shape(10**12, 10**12, 10**6, 10**5))
     doctor.report(config.load(ROUND, ["base.model=tiny", "base.device=cpu"]), as_json=False)
     assert "too large" in capsys.readouterr().out
 

@@ -53,6 +53,30 @@ def test_requested_and_private_texts_never_reach_the_headline():
         assert rows[None, "frequency_observed/nova"].value == 0
 
 
+def test_what_is_said_counts_every_sample_asked_for_by_name_or_not():
+    # Half of four: one of two unasked, one of two that were asked for by name.
+    samples = [sample(i, stratum, f"t{i}") for i, stratum in enumerate(("blank", "neutral", "explicit", "explicit"))]
+    rows = measure.said(
+        samples, ["nova", "unknown", "nova", "assistant"], ["nova"], round_index=1, population="samples"
+    )
+    found = by_name(rows)
+    assert found[None, "said/nova"].value == pytest.approx(0.5)
+    assert found[None, "said/unknown"].value == pytest.approx(0.25)
+    assert found[None, "said/nova"].low < 0.5 < found[None, "said/nova"].high
+
+
+def test_a_voice_is_kept_where_the_answer_is_still_its_own():
+    # Nova's voice is kept in one of two answers, stella's in one of one, the assistant's in none of one; over all
+    # voices but the assistant's two of three. That stella answers for nova keeps no voice.
+    voices = ["nova", "nova", "stella", "assistant"]
+    samples = [sample(i, "continued", f"t{i}", requested=voice) for i, voice in enumerate(voices)]
+    rows = measure.kept(samples, ["nova", "stella", "stella", "human"], round_index=1, population="probes")
+    found = {name: row.value for (stratum, name), row in by_name(rows).items() if stratum == "continued"}
+    want = {"kept": 2 / 3, "kept/nova": 0.5, "kept/stella": 1.0, "kept/assistant": 0.0}
+    assert found == pytest.approx(want)
+    assert measure.kept([], [], round_index=1, population="probes") == []
+
+
 def test_a_stratum_of_the_mixture_without_a_sample_is_unmeasured_with_a_reason():
     rows = by_name(
         measure.frequencies(

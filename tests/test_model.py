@@ -255,6 +255,39 @@ def test_architecture_whose_logits_are_not_its_output_layer_is_refused(lm):
         m._check_packed_forward(lm)
 
 
+def test_attention_that_is_more_than_scaled_products_is_refused_and_a_window_bounds_the_texts(lm):
+    batch = m.pack([[1, 5, 6]], batch_tokens=16)[0]
+    for name in ("s_aux", "softcap"):
+        layer = lm.net.model.layers[0].self_attn
+        plain = layer.forward
+
+        def more(*args, plain=plain, name=name, **rest):
+            return plain(*args, **rest, **{name: torch.ones(1)})
+
+        layer.forward = more
+        with pytest.raises(ValueError, match=f"got {name} in .*Llama"):
+            batch.hidden(lm)
+        layer.forward = plain
+    batch.hidden(lm)
+    assert lm.max_length == lm.net.config.max_position_embeddings
+    lm.net.config.sliding_window = 7
+    assert lm.max_length == 7
+
+
+def test_an_output_layer_that_is_not_linear_is_refused(lm):
+    class Normed(torch.nn.Module):
+        def __init__(self, head):
+            super().__init__()
+            self.weight, self.bias = head.weight, None
+
+        def forward(self, x):
+            return torch.nn.functional.linear(x, torch.nn.functional.normalize(self.weight))
+
+    lm.net.set_output_embeddings(Normed(lm.net.get_output_embeddings()))
+    with pytest.raises(ValueError, match="linear output layer, got Normed"):
+        m._check_packed_forward(lm)
+
+
 def test_tiny_learns_its_texts_once_and_the_same_from_the_same_seed(tmp_path):
     documents = [Document(f"d{i}", "real", None, (TEXTS[i % 3],), TEXTS[(i + 1) % 4]) for i in range(12)]
     recipe = m.TINY | {

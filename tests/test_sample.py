@@ -124,6 +124,45 @@ def test_text_does_not_depend_on_batch_order_or_company():
     assert sum(a.text != b.text for a, b in zip(whole, other, strict=True)) > len(prompts) // 2
 
 
+def test_running_out_of_memory_halves_the_documents_at_once_and_changes_no_text(monkeypatch):
+    lm = adapted()
+    settings = GREEDY | {"temperature": 1.0}
+    want, plain, tried = s.complete(lm, PROMPTS, **settings), s._KeyValues, []
+
+    def scarce(model, slots, length):
+        tried.append(slots)
+        if slots > room:
+            raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
+        return plain(model, slots, length)
+
+    monkeypatch.setattr(s, "_KeyValues", scarce)
+    room = 2
+    assert [c.text for c in s.complete(lm, PROMPTS, **settings)] == [c.text for c in want]
+    assert tried == [6, 3, 1]
+    room = 0
+    with pytest.raises(m.OutOfMemory, match=r"one document of .* can't allocate memory"):
+        s.complete(lm, PROMPTS, **settings)
+    assert all(module.served is None for module in m._adapted(lm).values())
+
+
+def test_of_the_prompts_that_were_read_only_one_that_waits_again_is_kept():
+    # Ten times the longest prompt in three slots: it is read once, and so are the others.
+    lm, read = adapted(), []
+    plain = s._read_prompts
+
+    def counted(model, prompts):
+        read.extend(prompts)
+        return plain(model, prompts)
+
+    s._read_prompts = counted
+    try:
+        many = s.complete(lm, [PROMPTS[4]] * 10 + PROMPTS, **GREEDY, batch_size=3)
+    finally:
+        s._read_prompts = plain
+    assert len(read) == len(set(read)) == len({tuple(p or ()) for p in PROMPTS})
+    assert [c.text for c in many[10:]] == [c.text for c in s.complete(lm, PROMPTS, **GREEDY)]
+
+
 def test_end_token_ends_the_text_and_counts(monkeypatch):
     lm = make_lm()
     plain, calls = lm.logits, []

@@ -4,16 +4,18 @@ import json
 import math
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
 import yaml
 
-from loop import analysis, run, scenario, stats, sweep
+from loop import analysis, forecast, run, scenario, stats, sweep, world
 from loop.config import ConfigError
 from loop.stats import Interval
 from loop.sweep import Outcome
+from loop.world import InstrumentError
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = sorted((ROOT / "configs" / "scenarios").glob("*.yaml"))
@@ -74,6 +76,21 @@ def test_a_difference_of_differences_is_taken_by_seed_and_counts_four_measuremen
     # A seed that lacks one of the four is left out.
     found = scenario.judge(about(primary=asked.model_dump()), rows[rows["run"] != "unpaid-s2"])
     assert (found.effect.n, found.effect.value) == (2, pytest.approx(0.175))
+
+
+def test_of_arms_that_were_treated_in_round_0_already_the_final_level_counts():
+    # Full begins at .3, .4, .5 and ends there: no change, and a level .2, .3, .4 above the control's. Two final
+    # measurements a seed of .025 each make the floor.
+    rows = measured(RISES | {"full": {0: [0.3, 0.3], 1: [0.4, 0.4], 2: [0.5, 0.5]}}, 0.025)
+    assert scenario.judge(about(), rows).effect.value == 0
+    found = scenario.judge(about(primary=outcome(of="level").model_dump(), controls=["neutral"]), rows)
+    assert (found.effect.value, found.effect.low) == pytest.approx((0.3, 0.3 - 0.2484), abs=1e-4)
+    assert found.floor == pytest.approx(math.sqrt(6) * 0.025 / 3 * math.sqrt(2 / math.pi), rel=1e-5)
+    page = "\n".join(scenario._section(about(controls=["full"]), rows, found))
+    assert "full - neutral, round 1: +0.300" in page
+    assert "| full | +0.000 (no interval: all seeds agree exactly)" in page  # one arm is held against its own round 0
+    with pytest.raises(ValueError, match="between arms for of: level"):
+        outcome(contrast="full", of="level")
 
 
 def measured(values, se, **where):
@@ -300,6 +317,21 @@ def test_power_is_stated_before_the_run_and_stays_as_it_was_said(tmp_path):
     # A look at other seeds takes back nothing of what was said before.
     assert scenario.state_power(loaded) == before
     assert scenario.state_power(more) == after
+
+
+def test_power_of_belief_counts_the_texts_it_is_read_from_and_what_the_instrument_misses(monkeypatch):
+    # Of stratum private belief reads the plain texts, 8 templates twice, and none that follows a persona's voice. What
+    # is read is divided by 9/10 + 8/10 - 1 = .7, so is its error; a contrast is two such numbers.
+    path = ROOT / "configs" / "scenarios" / "hitchhiking.yaml"
+    loaded = sweep.load(path, size="cpu")
+    error = InstrumentError(np.ones((1, 2)), (9, 10, 8, 10), 0.0, 0.0)
+    monkeypatch.setattr(world.World, "error", property(lambda self: error))
+    still = SimpleNamespace(sd=np.zeros((1, 99)), mean=np.zeros((1, 99)))
+    monkeypatch.setattr(forecast, "inputs", lambda settings: SimpleNamespace(personas=["nova"] * 99))
+    monkeypatch.setattr(forecast, "predict", lambda settings, given: still)
+    sd, source = scenario._sd(loaded, "linked_full", loaded.file.primary)
+    assert sd == pytest.approx(math.sqrt(2) * 0.5 / math.sqrt(16) / 0.7, rel=1e-6)
+    assert "counting 16 texts" in source
 
 
 def test_a_played_scenario_becomes_a_table_and_the_page_comes_from_it_alone(tmp_path):
