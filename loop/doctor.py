@@ -146,7 +146,7 @@ def _seconds(shape: Shape, trained: int, sampled: int, texts: int, fast: int) ->
 def _model_bytes(config: Config, shape: Shape, adapter: int, tokens: float, asked: int) -> float:
     """Bytes of the base; of adapter, gradient and two moments; of activations; and of what speaking takes.
 
-    That is the merged copy, on a CPU in float32 the output layer once more (no larger than all that is not adapted), and
+    That is the merged copy, on a CPU in float32 the output layer once more (at most all that is not adapted), and
     keys and values of the texts sampled at once, of which 1 GiB is the most. The allocator keeps what training took.
 
     Args:
