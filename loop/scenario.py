@@ -160,6 +160,8 @@ def _sd(sweep: Sweep, arm: str, primary: Outcome) -> tuple[float, str]:
         strata = UNREQUESTED if primary.stratum is None else (primary.stratum,)
         plain_private = heads == {"belief"} and set(personas.values()) == {""}  # asked with no persona's turn before
         n = sum(p.stratum in strata and not (plain_private and p.requested) for p in battery)
+        if primary.population == "samples" and primary.stratum is None:
+            n = settings.sample.n_samples
         if n == 0:
             raise ValueError(f"no probe of {', '.join(strata)} in measure.strata")
         moved = sum(spread.get(p, 0.0) for p in CONSCIOUS) if heads == {"belief"} else 0.0
@@ -619,14 +621,14 @@ def page(folder: Path) -> str:
         "| scenario | learner | seeds | expected | observed | floor | detectable | verdict |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for about, _, main in found:
+    for about, rows, main in found:
         power = about["power"]
         cells = [
             f"[{_title(about)}](#{_anchor(about)})",
             about["learner"],
             str(len(about["seeds"]) if main is None else main.effect.n),
             _cell(about["expected"]),
-            NOTHING if main is None else _observed(main),
+            NOTHING if main is None else _observed(main) + _of_share(about, rows, main.outcome),
             NOTHING if main is None else _floor(main.floor),
             NOTHING if not power or power["detectable"] is None else f"{power['detectable']:.3f}",
             f"**{DEMONSTRATION if main is None else main.verdict}**",
@@ -786,6 +788,14 @@ def _direction(outcome: Outcome) -> str:
     if outcome.direction == "none":
         return f"within ±{outcome.margin:g}"
     return outcome.direction + (f" by {outcome.margin:g}" if outcome.margin else "")
+
+
+def _of_share(about: Mapping[str, Any], rows: pd.DataFrame, outcome: Outcome) -> str:
+    """Says of a factor's effect, which is in log odds, what it is on the share; "" of any other."""
+    if outcome.contrast not in _factors(about):
+        return ""
+    found = {e.name: e.interval for e in factorial(about, rows, outcome, of_share=True)}
+    return f" log odds; {_interval(found[outcome.contrast])} of the share"
 
 
 def _observed(found: Finding) -> str:

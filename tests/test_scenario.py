@@ -332,6 +332,11 @@ def test_power_of_belief_counts_the_texts_it_is_read_from_and_what_the_instrumen
     sd, source = scenario._sd(loaded, "linked_full", loaded.file.primary)
     assert sd == pytest.approx(math.sqrt(2) * 0.5 / math.sqrt(16) / 0.7, rel=1e-6)
     assert "counting 16 texts" in source
+    # What is said is read from the samples, 1,000 of them, and from no probe.
+    loaded = sweep.load(path.with_name("expectation.yaml"), size="toy")
+    sd, source = scenario._sd(loaded, "aware", loaded.file.primary)
+    assert sd == pytest.approx(math.sqrt(2) * 0.5 / math.sqrt(1000))
+    assert "counting 1000 texts" in source
 
 
 def test_a_played_scenario_becomes_a_table_and_the_page_comes_from_it_alone(tmp_path):
