@@ -145,7 +145,7 @@ def test_running_out_of_memory_halves_the_documents_at_once_and_changes_no_text(
     assert all(module.served is None for module in m._adapted(lm).values())
 
 
-def test_of_the_prompts_that_were_read_only_one_that_waits_again_is_kept():
+def test_of_the_prompts_that_were_read_only_one_that_waits_again_is_kept(monkeypatch):
     # Ten times the longest prompt in three slots: it is read once, and so are the others.
     lm, read = adapted(), []
     plain = s._read_prompts
@@ -154,11 +154,8 @@ def test_of_the_prompts_that_were_read_only_one_that_waits_again_is_kept():
         read.extend(prompts)
         return plain(model, prompts)
 
-    s._read_prompts = counted
-    try:
-        many = s.complete(lm, [PROMPTS[4]] * 10 + PROMPTS, **GREEDY, batch_size=3)
-    finally:
-        s._read_prompts = plain
+    monkeypatch.setattr(s, "_read_prompts", counted)
+    many = s.complete(lm, [PROMPTS[4]] * 10 + PROMPTS, **GREEDY, batch_size=3)
     assert len(read) == len(set(read)) == len({tuple(p or ()) for p in PROMPTS})
     assert [c.text for c in many[10:]] == [c.text for c in s.complete(lm, PROMPTS, **GREEDY)]
 
