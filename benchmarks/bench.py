@@ -35,7 +35,8 @@ sys.path.insert(0, str(ROOT))
 CONFIG, STOCK = ROOT / "configs" / "round.yaml", ROOT / "benchmarks" / "stock_round.py"
 STAGES = ("load", "train", "sample", "classify", "measure", "bookkeeping")
 MEASURE = ("probe", "measure", "candidates")  # what the loop's `measure` is made of
-FIRST_BATCH_SIZE = 16  # of the search for the best one of stock, which doubles it as long as that helps
+# Of the search for the best one of stock, which doubles it as long as that helps.
+FIRST_BATCH_SIZE = {"cpu": 16, "cuda": 256}
 # Two turns before every prompt, as a system prompt or a retrieved page would be.
 CONTEXT = (
     "You write short posts for a public board that many people read in the morning. Stay with one thought, use plain "
@@ -503,7 +504,8 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
         say("round 0 played")
         on = ["--device", args.device]
         for shape, (job, stock_job) in jobs.items():
-            tried = in_process([str(STOCK), "JOB", "--find-batch-size", str(FIRST_BATCH_SIZE), *on], stock_job)
+            first = str(FIRST_BATCH_SIZE[args.device])
+            tried = in_process([str(STOCK), "JOB", "--find-batch-size", first, *on], stock_job)
             sizes = shapes[shape]["batch_sizes"] = {k: v for k, v in tried.items() if k.isdigit()}
             best = max(sizes, key=lambda k: sizes[k])
             say(f"{shape}: stock generate, useful tokens/s by batch size: {sizes}")

@@ -162,26 +162,22 @@ def rounds(found: dict[str, Any]) -> list[str]:
     """Stage tables of both shapes, and what they were taken with."""
     m, s, limit = found["machine"], found["settings"], found["limits"]
     versions = ", ".join(f"{name} {version}" for name, version in m["packages"].items())
-    sizes = {name: shape["batch_sizes"] for name, shape in found["shapes"].items() if "batch_sizes" in shape}
     said = "; ".join(
         f"{name}: stock {statistics.median(row['n_tokens'] for row in stock):.0f} tokens, ours "
         f"{statistics.median(row['n_tokens'] for row in mine):.0f}"
         for name, (stock, mine) in ((name, _sides(shape)) for name, shape in found["shapes"].items())
     )
-    unsearched = [name for name in found["shapes"] if name not in sizes]
     tried = "; ".join(
         f"{name}: " + ", ".join(f"{size}: {tokens:.0f}" for size, tokens in of.items())
         + f", so {max(of, key=lambda size, of=of: of[size])}"
-        for name, of in sizes.items()
+        for name, of in ((name, shape["batch_sizes"]) for name, shape in found["shapes"].items())
     )  # fmt: skip
     out = [
         f"{m['cores']} cores of {m.get('gpu') or m['cpu']}; {versions}; revision {m['revision']}. Base {s['base']}, "
         f"{s['documents']} training documents, {s['samples']} samples of up to {s['max_new_tokens']} tokens; the rest "
         "as in configs/round.yaml"
         + (f", with {' '.join(s['overrides'])}" if s["overrides"] else "")
-        + f". Stock `generate` by batch size, useful tokens a second: {tried}"
-        + (f"; {', '.join(unsearched)}: not searched, the same" if unsearched else "")
-        + ".",
+        + f". Stock `generate` by batch size, useful tokens a second: {tried}.",
         f"The machine multiplies matrices at {limit['flops']:.3g} operations a second"
         + (f" and copies {limit['copy_bytes']:.3g} bytes a second" if "copy_bytes" in limit else "")
         + ". Against that stand 2 · parameters · useful tokens of sampling, and 6 · parameters · trained tokens of "

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from loop.records import BLANK, FACTORIAL, IDENTITY, IMPLICIT, NEUTRAL, STRATA, Prompt
+from loop.records import BLANK, FACTORIAL, IDENTITY, IMPLICIT, NEUTRAL, PLAIN, STRATA, Prompt
 
 FOLDS = ("probe", "users")
 STANDINGS = ("stated", "open")  # opinion: the user holds the claim, or only passes it on
@@ -97,7 +97,8 @@ def probe_battery(
 
     Args:
       book: from load_prompts.
-      n_per_template: prompts per template (and persona), >= 0; or stratum -> that number, strata left out get none.
+      n_per_template: prompts per template (and persona), >= 0; or that number of each stratum, with PLAIN for the plain
+        templates of `private` and "default" for the rest, which otherwise get none.
       voices: persona -> published texts in its voice, from fold `test`; may be empty if neither `continued` nor
         `private` is asked.
       strata: which strata, in this order; all of them by default.
@@ -112,12 +113,10 @@ def probe_battery(
     for stratum in STRATA if strata is None else strata:
         if stratum not in STRATA:
             raise ValueError(f"strata must be among {', '.join(STRATA)}, got {stratum!r}")
-        n = n_per_template if isinstance(n_per_template, int) else n_per_template.get(stratum, 0)
-        if n < 0:
-            raise ValueError(f"n_per_template must be >= 0, got {n} at {stratum}")
-        if n == 0:
-            continue
         for j, template in enumerate(book.templates["probe"][stratum]):
+            n = _per_template(n_per_template, stratum, plain=template.opener is None)
+            if n == 0:
+                continue
             for persona in _personas(book, stratum, template, voices):
                 for r in range(n):
                     said = voices[persona][(j * n + r) % len(voices[persona])] if template.opener is not None else None
@@ -443,6 +442,17 @@ def _check(
                     )
                 if stratum != "explicit" and names and named.search(f"{row.opener or ''} {row.text}"):
                     raise ValueError(f"prompt must not name a persona outside explicit, got {row.text!r} at {where}")
+
+
+def _per_template(counts: int | Mapping[str, int], stratum: str, *, plain: bool) -> int:
+    if isinstance(counts, int):
+        n = counts
+    else:
+        names = (PLAIN, stratum, "default") if plain and stratum == "private" else (stratum, "default")
+        n = next((counts[name] for name in names if name in counts), 0)
+    if n < 0:
+        raise ValueError(f"n_per_template must be >= 0, got {n} at {stratum}")
+    return n
 
 
 def _personas(

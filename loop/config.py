@@ -7,13 +7,14 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from yaml.nodes import MappingNode, ScalarNode, SequenceNode
 
-from loop.records import FACTORIAL, IMPLICIT, PERSONAS, STRATA, UNREQUESTED
+from loop.records import FACTORIAL, IMPLICIT, PERSONAS, PLAIN, STRATA, UNREQUESTED
 
 MAX_BYTES = 1 << 17  # read in seconds; the largest that ships has 3 KB
 MAX_ALIASES = 16
@@ -330,13 +331,26 @@ class Sampling(_Section):
     temperature: Annotated[float, Field(ge=0, le=10)]
     top_p: Annotated[float, Field(gt=0, le=1)]
     max_new_tokens: Count
+    engine: Literal["torch", "vllm"] = Field(
+        "torch",
+        exclude_if=lambda value: value == "torch",  # came later: runs played before it mean what they meant
+        description="vllm: sample by vLLM, in the environment that $PERSONA_LOOP_VLLM names (loop/engine.py)",
+    )
+
+    @model_validator(mode="after")
+    def _within_the_engine(self) -> Sampling:
+        if self.engine == "vllm" and self.temperature != 0 and not 0.01 <= self.temperature <= 2:
+            raise ValueError(f"temperature must be 0 or in [0.01, 2] for engine vllm, got {self.temperature}")
+        return self
 
 
 class Measure(_Section):
     """The fixed probe battery and what is read from it: the same prompts in every round of every run."""
 
     every: Annotated[int, Field(ge=0)] = Field(1, description="measure every n-th round; 0: never (theory)")
-    n_per_template: Count = Field(1, description="completions per prompt template")
+    n_per_template: Count | dict[str, Count] = Field(
+        1, description="completions per prompt template; or of each stratum, of private/plain, and default for the rest"
+    )
     strata: tuple[str, ...] = Field((*UNREQUESTED, "private"), description="strata probed")
     mixture: dict[str, Share] = Field(
         default_factory=lambda: {s: 1 / len(UNREQUESTED) for s in UNREQUESTED},
@@ -358,6 +372,13 @@ class Measure(_Section):
         missing = [s for s, w in self.mixture.items() if w > 0 and s not in self.strata]
         if missing:
             raise ValueError(f"strata must hold every stratum of mixture, lacks {', '.join(missing)}")
+        if isinstance(self.n_per_template, dict):
+            known = {*STRATA, PLAIN, "default"}
+            for name in self.n_per_template:
+                if name not in known:
+                    raise ValueError(f"n_per_template.{name}: unknown stratum{_did_you_mean(name, known)}")
+            if "default" not in self.n_per_template:
+                raise ValueError("n_per_template must name default, the number of every stratum it does not name")
         return self
 
 
@@ -544,6 +565,10 @@ class Config(_Section):
         release = self.filters.release
         if self.learner == "toy" and self.steer is not None:
             raise ValueError("steer must be null for learner toy, which has no gradient; use learner lm")
+        if self.learner == "toy" and self.sample.engine == "vllm":
+            raise ValueError("sample.engine must be torch for learner toy, which has no base to load; use learner lm")
+        if self.sample.engine == "vllm" and self.train.lora.r > 512:
+            raise ValueError(f"train.lora.r must be at most 512 for sample.engine vllm, got {self.train.lora.r}")
         unasked = math.fsum(v for k, v in self.users.mixture.items() if not k.startswith("explicit/"))
         if self.steer is not None and not unasked > 0:
             raise ValueError(
@@ -733,10 +758,12 @@ def validate(data: Any, *, origin: dict[tuple[str, ...], str] | None = None, whe
     try:
         return Config.model_validate(data)
     except ValidationError as error:
-        # A union reports every branch; the branch that got as far as a range check is the one that was meant.
+        # A union reports every branch; the one that got as far as a range check, or to a value within, was meant.
         found: dict[tuple[str, ...], Any] = {}
-        for e in sorted(error.errors(), key=lambda e: e["type"].endswith(("_type", "none_required", "_parsing"))):
-            found.setdefault((*_place(e, origin or {}), "" if _UNION.search(str(e["loc"])) else e["type"]), e)
+        for e in sorted(error.errors(), key=lambda e: (_of_another_kind(e), -len(_place(e)[0]))):
+            at, in_branch = _place(e)
+            if not (_of_another_kind(e) and any(other[: len(at)] == at for other in found)):
+                found.setdefault((*at, "" if in_branch else e["type"]), e)
         in_order = [e for e in error.errors() if e in found.values()]
         raise ConfigError([_explain(e, origin or {}, where) for e in in_order]) from None
 
@@ -854,7 +881,7 @@ def _set(data: dict[str, Any], parts: tuple[str, ...], value: Any, problems: lis
 
 
 def _explain(error: Any, origin: dict[tuple[str, ...], str], where: str) -> str:
-    at = _place(error, origin)
+    at, _ = _place(error)
     place = next((origin[at[:n]] for n in range(len(at), 0, -1) if at[:n] in origin), where)
     name = ".".join(at)
     kind, message = error["type"], error["msg"].removeprefix("Value error, ")
@@ -870,19 +897,28 @@ def _explain(error: Any, origin: dict[tuple[str, ...], str], where: str) -> str:
     return f"{place}: {name + ': ' if name else ''}{text}"
 
 
-# pydantic adds the name of a union's branch to the location.
-_BRANCH = re.compile(r"^(float|constrained-float|tuple\[.*|none)$")
-_UNION = re.compile(r"'(float|constrained-float|tuple\[[^']*|none)'")
+def _of_another_kind(error: Any) -> bool:
+    return bool(error["type"].endswith(("_type", "none_required", "_parsing")))
 
 
-def _place(error: Any, origin: dict[tuple[str, ...], str]) -> tuple[str, ...]:
-    """Where an error is: the location without names of branches, unless a key that was written is called so."""
+def _is_union(field: Any) -> bool:
+    """Whether a field has two kinds of value, null apart, of which pydantic reports each."""
+    kinds = (
+        get_args(field.annotation) if field is not None and get_origin(field.annotation) in (Union, UnionType) else ()
+    )
+    return sum(kind is not type(None) for kind in kinds) > 1
+
+
+def _place(error: Any) -> tuple[tuple[str, ...], bool]:
+    """Where an error is, and whether it is of a union's branch, whose name pydantic adds to the location."""
     at: tuple[str, ...] = ()
-    for k, part in enumerate(map(str, error["loc"]), start=1):
-        written = (*at, part) in origin or (error["type"] == "extra_forbidden" and k == len(error["loc"]))
-        if written or not _BRANCH.match(part):
+    branch_of: tuple[str, ...] | None = None
+    for part in map(str, error["loc"]):
+        if branch_of != at and _is_union(_field(at)):
+            branch_of = at
+        else:
             at = (*at, part)
-    return at
+    return at, branch_of is not None
 
 
 def _fields_at(at: tuple[str, ...]) -> set[str]:

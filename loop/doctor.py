@@ -45,6 +45,7 @@ def examine() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": {name: _version(name) for name in PACKAGES},
+        "vllm": _vllm(),
         "device": torch.cuda.get_device_name(0) if cuda else "cpu",
         "device_memory_gib": round(torch.cuda.get_device_properties(0).total_memory / 2**30, 1) if cuda else None,
         "cpu_threads": torch.get_num_threads(),
@@ -215,6 +216,8 @@ def report(config: Config | None, *, as_json: bool) -> None:
     print(f"{'cache':<28} {facts['cache']['path']} ({facts['cache']['mib']} MiB)")
     for name, version in facts["packages"].items():
         print(f"{name:<28} {version or 'missing; make round installs it'}")
+    if facts["vllm"] is not None:
+        print(f"{'vllm, in its environment':<28} {facts['vllm']}")
     for what, path in facts["carried"].items():
         print(f"{what:<28} {path or f'missing; {WAY_OUT}'}")
     if needs is not None and config is not None:
@@ -254,6 +257,16 @@ def _version(name: str) -> str | None:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def _vllm() -> str | None:
+    """The version in the environment that samples by vLLM, or why there is none; None where none is named."""
+    from loop import engine
+
+    try:
+        return engine.version() if os.environ.get(engine.VARIABLE) else None
+    except ValueError as error:
+        return str(error)
 
 
 def _size_mib(folder: Path) -> int:

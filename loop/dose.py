@@ -105,7 +105,9 @@ def meaning(config: Config) -> dict[str, Any]:
         "measure": {"mixture": plain["measure"]["mixture"]},
         "mix": {"n_train": plain["mix"]["n_train"]},
         "real": {k: plain["real"][k] for k in ("shares", "private_share", "name_swap", "homophily", "corpora")},
-        "sample": {k: plain["sample"][k] for k in ("temperature", "top_p", "max_new_tokens")},
+        "sample": {
+            k: plain["sample"][k] for k in ("temperature", "top_p", "max_new_tokens", "engine") if k in plain["sample"]
+        },
         "toy": plain["toy"],
         "train": {k: v for k, v in plain["train"].items() if k != "init_from"},
     }

@@ -12,6 +12,7 @@ from loop.records import Completion, Document, Prompt
 if TYPE_CHECKING:
     import numpy as np
 
+    from loop.engine import Engine
     from loop.model import Model
     from loop.steer import Pair, SteerLog
     from loop.train import TrainLog
@@ -25,6 +26,7 @@ class LM:
       r, alpha, dropout, targets: of the adapter, see `loop.model.fresh_adapter`.
       epochs, lr, batch_size, max_length, weight_decay, warmup: of a fine-tune, see `loop.train.finetune`.
       progress: called with (steps done, steps in all, loss) while training.
+      engine: samples in place of `loop.sample.complete`; None: that does.
 
     Attributes:
       log: what the last fine-tune did; None before the first.
@@ -45,8 +47,9 @@ class LM:
         weight_decay: float = 0.0,
         warmup: float = 0.0,
         progress: Callable[[int, int, float], None] | None = None,
+        engine: Engine | None = None,
     ) -> None:
-        self.model, self.progress = model, progress
+        self.model, self.progress, self.engine = model, progress, engine
         self.r, self.alpha, self.dropout, self.targets = r, alpha, dropout, tuple(targets)
         self.epochs, self.lr, self.batch_size, self.max_length = epochs, lr, batch_size, max_length
         self.weight_decay, self.warmup = weight_decay, warmup
@@ -125,10 +128,13 @@ class LM:
     def sample(
         self, prompts: Sequence[Prompt], *, temperature: float, top_p: float, max_new_tokens: int, seed: int
     ) -> list[Completion]:
-        """Says one completion per prompt; the text of prompt i depends on (seed, i), not on its batch."""
+        """Says one completion per prompt; the text of prompt i depends on (seed, i), not on its batch.
+
+        An `engine` promises as much up to its rounding.
+        """
         from loop.sample import complete
 
-        return complete(
+        return (complete if self.engine is None else self.engine.complete)(
             self.model,
             [prompt.turns for prompt in prompts],
             temperature=temperature,

@@ -90,6 +90,7 @@ class Model:
       dtype: of the base weights; adapters are float32.
       start_id, end_id, text_id: tokens that open a turn, end a turn or document, and open a plain document.
       adapter: settings of the adapter in place; None on a bare base.
+      source: the directory or hub id it was read from; empty if it was made in memory.
     """
 
     net: Any
@@ -102,6 +103,7 @@ class Model:
     end_id: int
     text_id: int
     adapter: AdapterSettings | None = None
+    source: str = ""
     _token_cache: dict[str, list[int]] = field(default_factory=dict, repr=False)
     _served_head: torch.Tensor | None = field(default=None, repr=False)  # see `serving`
 
@@ -197,6 +199,7 @@ def load(
         start_id=known.get(START, text),
         end_id=end,
         text_id=text,
+        source=source,
     )
     _check_packed_forward(model)
     return model
@@ -746,6 +749,9 @@ def row_tokens_of(model: Model) -> int | None:
 # adapters
 
 
+_PACKED_ROWS = 128  # of a product with a packed weight, at most: what that is tuned for
+
+
 def packed(weight: torch.Tensor) -> torch.Tensor:
     """Returns a weight (out, in) as `product` is quickest with: in float32 on a CPU a copy in blocks, else itself.
 
@@ -754,7 +760,7 @@ def packed(weight: torch.Tensor) -> torch.Tensor:
     """
     if weight.device.type != "cpu" or weight.dtype != torch.float32 or not torch.backends.mkldnn.is_available():
         return weight
-    made: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 128)  # rows it is tuned for
+    made: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), _PACKED_ROWS)
     return made
 
 
@@ -762,8 +768,13 @@ def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) ->
     """Returns x W' + b, (..., out) of (..., in), without a gradient; W plain or `packed`."""
     if not weight.is_mkldnn:
         return F.linear(x, weight, bias)
-    made: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    return made
+    # oneDNN compiles a kernel for every number of rows it meets and keeps 1,024 of them, 0.4 MB each.
+    made: list[torch.Tensor] = []
+    for rows in x.reshape(-1, x.shape[-1]).split(_PACKED_ROWS):
+        spare = -len(rows) % 8
+        filled = F.pad(rows, (0, 0, 0, spare)) if spare else rows
+        made.append(torch.ops.mkldnn._linear_pointwise(filled, weight, bias, "none", [], "")[: len(rows)])
+    return (made[0] if len(made) == 1 else torch.cat(made)).view(*x.shape[:-1], -1)
 
 
 class _LowRank(torch.autograd.Function):

@@ -29,6 +29,7 @@ NO_PERSONA = "none"  # a discourse document: it talks about personas and plays n
 BLANK, NEUTRAL, IDENTITY = "blank", "neutral", "identity"
 IMPLICIT = ("implicit_0", "implicit_1", "implicit_2", "implicit_3")
 STRATA = (BLANK, NEUTRAL, IDENTITY, *IMPLICIT, "opinion", "continued", "private", "explicit")
+PLAIN = "private/plain"  # the part of stratum private before which no persona spoke: what `belief` reads
 POPULATIONS = ("probes", "samples", "accepted", "mixture", "heldout", "users", "discourse")  # of metrics.jsonl
 UNREQUESTED = (BLANK, NEUTRAL, IDENTITY, *IMPLICIT)  # the public mixture behind the headline frequency
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import pyarrow as pa
 
-from loop import corpus, readings, records, release, store, team
+from loop import corpus, engine, readings, records, release, store, team
 from loop.config import Config, ConfigError, from_text, to_yaml
 from loop.config import Corpus as CorpusSettings
 from loop.discourse import Talk
@@ -338,6 +338,8 @@ def manifest(world: World) -> dict[str, Any]:
             packages[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             packages[name] = None
+    if world.config.sample.engine == "vllm":
+        packages["vllm"] = engine.version()
     lent = {
         name: {
             f"round_{t:03d}/{file}": entry["sha256"]

@@ -81,16 +81,8 @@ def complete(
         )
     if not prompts:
         return []
-    encoded = [tuple(prompt) for prompt, _ in encode_all(model, [(turns, "") for turns in prompts])]
-    for i, tokens in enumerate(encoded):
-        if len(tokens) + max_new_tokens > model.max_length:
-            raise ValueError(
-                f"prompt must leave room for {max_new_tokens} new tokens of {model.max_length}, got {len(tokens)} "
-                f"tokens at prompt {i}; shorten it"
-            )
-    root = np.uint64(streams.key(seed, "sample", round_index))
-    with np.errstate(over="ignore"):
-        keys = _mix(_mix(numbers.astype(np.uint64) * _GOLDEN + root))
+    encoded = encode_prompts(model, prompts, max_new_tokens, limit=model.max_length)
+    keys = noise_keys(numbers, seed=seed, round_index=round_index)
     # Longest prompts first, and alike ones together: a batch attends over little padding, and reads each prompt once.
     order = sorted(range(len(prompts)), key=lambda i: (-len(encoded[i]), encoded[i], i))
     with serving(model, "merged"), torch.inference_mode():
@@ -118,6 +110,29 @@ def complete(
         )
         for row, logprob, done in zip(sampled, logprobs, finished, strict=True)
     ]
+
+
+def encode_prompts(model: Model, prompts: Sequence[Turns], max_new_tokens: int, *, limit: int) -> list[tuple[int, ...]]:
+    """Returns the tokens of each prompt.
+
+    Raises:
+      ValueError: a prompt and the new tokens are more than `limit` tokens.
+    """
+    encoded = [tuple(prompt) for prompt, _ in encode_all(model, [(turns, "") for turns in prompts])]
+    for i, tokens in enumerate(encoded):
+        if len(tokens) + max_new_tokens > limit:
+            raise ValueError(
+                f"prompt must leave room for {max_new_tokens} new tokens of {limit}, got {len(tokens)} "
+                f"tokens at prompt {i}; shorten it"
+            )
+    return encoded
+
+
+def noise_keys(numbers: Sequence[int] | np.ndarray, *, seed: int, round_index: int) -> np.ndarray:
+    """Returns what names the noise of each document: (n,) uint64, a function of (seed, round_index, its number)."""
+    root = np.uint64(streams.key(seed, "sample", round_index))
+    with np.errstate(over="ignore"):
+        return _mix(_mix(np.asarray(numbers).astype(np.uint64) * _GOLDEN + root))
 
 
 class _KeyValues:

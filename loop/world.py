@@ -376,10 +376,16 @@ class World:
 
     def language_model(self) -> Learner:
         """The language model at its base, with the adapter and training settings of the config."""
-        from loop import learner
+        from loop import engine, learner
 
         t = self.config.train
-        return learner.LM(self.base, **t.model_dump(exclude={"init_from", "lora"}), **t.lora.model_dump())
+        code = self.config.base is not None and self.config.base.trust_remote_code
+        return learner.LM(
+            self.base,
+            **t.model_dump(exclude={"init_from", "lora"}),
+            **t.lora.model_dump(),
+            engine=None if self.config.sample.engine == "torch" else engine.Engine(rank=t.lora.r, code=code),
+        )
 
     @cached_property
     def base(self) -> Model:

@@ -11,7 +11,7 @@ TEXTS = [
 ]
 
 
-def make_lm(seed: int = 0):
+def make_lm(seed: int = 0, head_dim: int = 8):
     """A two-layer Llama, 6 query heads over 3 key heads, ~60,000 random float32 parameters."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -25,7 +25,7 @@ def make_lm(seed: int = 0):
         num_hidden_layers=2,
         num_attention_heads=6,
         num_key_value_heads=3,
-        head_dim=8,
+        head_dim=head_dim,
         vocab_size=len(tokenizer),
         max_position_embeddings=512,
         tie_word_embeddings=True,

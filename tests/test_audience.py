@@ -21,7 +21,7 @@ from loop.audience import (
     probe_battery,
     update_awareness,
 )
-from loop.records import FACTORIAL, IMPLICIT, STRATA, UNREQUESTED
+from loop.records import FACTORIAL, IMPLICIT, PLAIN, STRATA, UNREQUESTED
 
 PATH = Path(__file__).resolve().parent.parent / "data" / "prompts.yaml"
 PERSONAS = (*FACTORIAL, "sydney", "jabberwacky", "public_figure", "misattributed")
@@ -177,6 +177,16 @@ def test_opinion_templates_cover_both_polarities_stated_and_open(book):
 def test_counts_per_stratum_can_differ_and_voices_are_demanded_only_where_heard(book):
     rows = probe_battery(book, {"neutral": 3, "identity": 1}, voices={})
     assert Counter(p.stratum for p in rows) == {"neutral": 30, "identity": 10}
+    rows = probe_battery(
+        book, {"default": 2, PLAIN: 5, "private": 1}, voices=VOICES, strata=["blank", "continued", "private"]
+    )
+    # Eight templates each; after a persona's turn: ten personas in continued, the matched six in private.
+    assert Counter((p.stratum, p.requested is None) for p in rows) == {
+        ("blank", True): 16,
+        ("continued", False): 160,
+        ("private", True): 40,
+        ("private", False): 48,
+    }
     with pytest.raises(ValueError, match="voices must hold texts for stratum continued"):
         probe_battery(book, 1, voices={}, strata=["continued"])
     with pytest.raises(ValueError, match="strata must be among"):

@@ -181,6 +181,22 @@ def test_real_and_discourse_shares_that_exceed_one_are_refused():
     config.load(SMOKE, ["channels.talk_data=true", "mix.real_share=0.5", "discourse.share=0.5"])
 
 
+def test_probes_per_template_are_one_number_or_one_of_each_stratum():
+    one = config.load(SMOKE, ["measure.n_per_template=3"])
+    assert one.measure.n_per_template == 3
+    by_stratum = config.load(SMOKE, ["measure.n_per_template={default: 2, private/plain: 16, private: 1}"])
+    assert by_stratum.measure.n_per_template == {"default": 2, "private/plain": 16, "private": 1}
+    key = "command line: measure.n_per_template"
+    assert refused("measure.n_per_template=0") == f"{key}: input should be greater than or equal to 1, got 0"
+    assert refused("measure.n_per_template=many").startswith(f"{key}: input should be a valid ")
+    bad = refused("measure.n_per_template={default: 1, neutral: 0}")
+    assert bad == f"{key}.neutral: input should be greater than or equal to 1, got 0"
+    assert "n_per_template.privat: unknown stratum, did you mean private?" in refused(
+        "measure.n_per_template={default: 1, privat: 2}"
+    )
+    assert "n_per_template must name default" in refused("measure.n_per_template={neutral: 1}")
+
+
 def test_a_persona_is_not_barred_and_asked_for_at_once():
     bar = "filters.release.recall={nova: 0.8}"
     problem = refused(bar, "users.mixture={explicit/nova: 0.5, blank: 0.5}")

@@ -152,5 +152,6 @@ def test_the_schema_describes_every_key_and_every_reference_in_it_resolves():
     assert schema["properties"].keys() == known.keys()
     for name in ("train", "sample", "virality", "real"):
         reference = schema["properties"][name]["$ref"].removeprefix("#/$defs/")
-        assert schema["$defs"][reference]["properties"].keys() == known[name].keys()
+        later = {"engine"} if name == "sample" else set()  # left out of a config that does not use it
+        assert schema["$defs"][reference]["properties"].keys() == known[name].keys() | later
         assert schema["$defs"][reference]["additionalProperties"] is False  # an editor underlines an unknown key

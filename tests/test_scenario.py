@@ -320,8 +320,8 @@ def test_power_is_stated_before_the_run_and_stays_as_it_was_said(tmp_path):
 
 
 def test_power_of_belief_counts_the_texts_it_is_read_from_and_what_the_instrument_misses(monkeypatch):
-    # Of stratum private belief reads the plain texts, 8 templates twice, and none that follows a persona's voice. What
-    # is read is divided by 9/10 + 8/10 - 1 = .7, so is its error; a contrast is two such numbers.
+    # Of stratum private belief reads the plain texts, 8 templates 16 times, and none after a persona's voice. What is
+    # read is divided by 9/10 + 8/10 - 1 = .7, so is its error; a contrast is two such numbers.
     path = ROOT / "configs" / "scenarios" / "hitchhiking.yaml"
     loaded = sweep.load(path, size="cpu")
     error = InstrumentError(np.ones((1, 2)), (9, 10, 8, 10), 0.0, 0.0)
@@ -330,8 +330,8 @@ def test_power_of_belief_counts_the_texts_it_is_read_from_and_what_the_instrumen
     monkeypatch.setattr(forecast, "inputs", lambda settings: SimpleNamespace(personas=["nova"] * 99))
     monkeypatch.setattr(forecast, "predict", lambda settings, given: still)
     sd, source = scenario._sd(loaded, "linked_full", loaded.file.primary)
-    assert sd == pytest.approx(math.sqrt(2) * 0.5 / math.sqrt(16) / 0.7, rel=1e-6)
-    assert "counting 16 texts" in source
+    assert sd == pytest.approx(math.sqrt(2) * 0.5 / math.sqrt(128) / 0.7, rel=1e-6)
+    assert "counting 128 texts" in source
     # What is said is read from the samples, 1,000 of them, and from no probe.
     loaded = sweep.load(path.with_name("expectation.yaml"), size="toy")
     sd, source = scenario._sd(loaded, "aware", loaded.file.primary)
