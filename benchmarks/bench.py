@@ -5,9 +5,10 @@
 
 Ours is `run.play` on configs/round.yaml with those sizes: a run that has played round 0 is copied and plays round 1, as
 the same command does for a user. benchmarks/stock_round.py gets the documents, prompts and settings of that round 1.
-Two shapes: the documents of the config, and the same after a context that all prompts share. Seconds of ours are those
-of events.jsonl; load is everything from the start of the process to the first stage; bookkeeping is what no other
-stage has. Trailing key=value override the config for both sides. benchmarks/performance.py turns the file into a page.
+Two shapes: the documents of the config, and the same after a context that all prompts share. Which side goes first
+changes from pair to pair. Seconds of ours are those of events.jsonl; load is everything from the start of the process
+to the first stage; bookkeeping is what no other stage has. Trailing key=value override the config for both sides.
+benchmarks/performance.py turns the file into a page.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import argparse
 import importlib.metadata
 import json
 import os
+import re
 import shutil
 import statistics
 import subprocess
@@ -391,6 +393,27 @@ def _cpu_lines() -> list[str]:
     return path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
 
 
+def imports(rows: int = 12) -> str:
+    """Where the imports of `loop run` with a base spend their time: seconds by top-level package, as a table."""
+    code = "import loop.__main__, loop.run; from transformers import AutoTokenizer, LlamaForCausalLM"
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-c", code], cwd=ROOT, check=True, capture_output=True, text=True
+    )
+    seconds: dict[str, float] = {}
+    for line in done.stderr.splitlines():
+        found = re.fullmatch(r"import time: +(\d+) \| +\d+ \| +(\S+)", line)
+        if found:
+            package = found[2].split(".")[0]
+            seconds[package] = seconds.get(package, 0.0) + int(found[1]) / 1e6
+    most = sorted(seconds.items(), key=lambda item: -item[1])
+    shown = [
+        *most[:rows],
+        (f"{len(most[rows:])} others", sum(x for _, x in most[rows:])),
+        ("all", sum(seconds.values())),
+    ]
+    return "\n".join(f"{name:<24}{took:7.2f} s" for name, took in shown)
+
+
 def median(rows: Sequence[dict[str, Any]], stage: str) -> float:
     """Median seconds of a stage over the rows of one side; `with`, `without`: of the round, measure counted or not."""
     if stage == "with":
@@ -415,13 +438,13 @@ def by_pair(shape: dict[str, Any], stage: str) -> list[float]:
     pairs = [(pair["stock"], pair["ours"]) for pair in shape["pairs"]]
     if stage == "tokens":
         return [rate([mine]) / rate([stock]) for stock, mine in pairs]
-    if stage == "with":  # stock is measured in the first pair alone
+    if stage in ("with", "measure"):
         pairs = [(stock, mine) for stock, mine in pairs if "measure" in stock["seconds"]]
     return [median([stock], stage) / median([mine], stage) for stock, mine in pairs]
 
 
 def lines(name: str, shape: dict[str, Any], limit: dict[str, float]) -> list[str]:
-    """What `make bench` prints of a shape."""
+    """What `make bench` prints of a shape: medians of either side, and the median of the ratios by pair."""
     stock, mine = ([pair[side] for pair in shape["pairs"]] for side in ("stock", "ours"))
     out = [
         f"{name}: pairs {len(stock)}; in a shared prefix: {shape['shared']:.0%} of the training tokens, "
@@ -431,13 +454,17 @@ def lines(name: str, shape: dict[str, Any], limit: dict[str, float]) -> list[str
     for stage in (*STAGES, "without", "with"):
         a, b = median(stock, stage), median(mine, stage)
         label = {"without": "round, not measured", "with": "round, measured"}.get(stage, stage)
-        out.append(f"  {label:<22}{a:9.2f}{b:9.2f}{a / b:8.2f}")
-    out.append(f"  {'useful tokens/s':<22}{rate(stock):9.1f}{rate(mine):9.1f}{rate(mine) / rate(stock):8.2f}")
+        out.append(f"  {label:<22}{a:9.2f}{b:9.2f}{statistics.median(by_pair(shape, stage)):8.2f}")
+    times = statistics.median(by_pair(shape, "tokens"))
+    out.append(f"  {'useful tokens/s':<22}{rate(stock):9.1f}{rate(mine):9.1f}{times:8.2f}")
     a, b = (memory(rows) / 2**30 for rows in (stock, mine))
     out.append(f"  {'peak GiB, measured':<22}{a:9.2f}{b:9.2f}{a / b:8.2f}")
-    for what, share in (("sampling", sample_share), ("training", train_share)):
+    shares = [("sampling, share of limit", sample_share), ("training, share of limit", train_share)]
+    if "copy_bytes" in limit:
+        shares.append(("sampling, of copy rate", copy_share))
+    for what, share in shares:
         a, b = (share(rows, shape, limit) for rows in (stock, mine))
-        out.append(f"  {f'{what}, share of limit':<22}{a:9.1%}{b:9.1%}{b / a:8.2f}")
+        out.append(f"  {what:<22}{a:9.1%}{b:9.1%}{b / a:8.2f}")
     return out
 
 
@@ -451,19 +478,23 @@ def train_share(rows: Sequence[dict[str, Any]], shape: dict[str, Any], limit: di
     return 6 * shape["n_parameters"] * shape["n_trained_tokens"] / median(rows, "train") / limit["flops"]
 
 
-def copy_share(rows: Sequence[dict[str, Any]], shape: dict[str, Any], limit: dict[str, float], steps: int) -> float:
-    """Bytes of the weights, read once a decoding step were all documents decoded at once, over the copy rate."""
-    return 2 * shape["n_parameters"] * steps / median(rows, "sample") / limit["copy_bytes"]
+def copy_share(rows: Sequence[dict[str, Any]], shape: dict[str, Any], limit: dict[str, float]) -> float:
+    """Bytes of bfloat16 weights, read once a decoding step were all documents decoded at once, over the copy rate."""
+    return 2 * shape["n_parameters"] * shape["max_new_tokens"] / median(rows, "sample") / limit["copy_bytes"]
+
+
+TIMES = {"default": 3.0, "context": 4.0}  # how many times quicker a round of each shape is to be
 
 
 def missed(found: dict[str, Any]) -> list[tuple[str, str]]:
-    """(shape, stage) of the targets of training and sampling that the median pair does not reach."""
-    return [
-        (name, stage)
-        for name, shape in found["shapes"].items()
-        for stage, ratios in (("train", by_pair(shape, "train")), ("sample", by_pair(shape, "tokens")))
-        if statistics.median(ratios) < 2.5
-    ]
+    """(shape, stage) to profile: training and sampling where the median pair misses their target, or the round's."""
+    out = []
+    for name, shape in found["shapes"].items():
+        slow = statistics.median(by_pair(shape, "without")) < TIMES[name]
+        for stage, ratios in (("train", by_pair(shape, "train")), ("sample", by_pair(shape, "tokens"))):
+            if slow or statistics.median(ratios) < 2.5:
+                out.append((name, stage))
+    return out
 
 
 def compare(args: argparse.Namespace) -> dict[str, Any]:
@@ -497,25 +528,31 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
                 "shared_prompts": stock_job["shared_prompts"],
                 "n_parameters": stock_job["n_parameters"],
                 "n_trained_tokens": stock_job["tokens_per_epoch"] * stock_job["train"]["epochs"],
+                "max_new_tokens": args.max_new_tokens,
                 "pairs": [],
             }
         for file in cache.glob("embeddings.sqlite*"):  # what is known before round 1, and no text of it
             shutil.copy(file, root)
-        say("round 0 played")
         on = ["--device", args.device]
+        few = {name: jobs["default"][1][name][:8] for name in ("documents", "prompts")}
+        play_stock(jobs["default"][1] | few, ["--no-measure", *on])
+        say("round 0 played, and a small round of stock: both sides are warm")
         for shape, (job, stock_job) in jobs.items():
             first = str(FIRST_BATCH_SIZE[args.device])
             tried = in_process([str(STOCK), "JOB", "--find-batch-size", first, *on], stock_job)
             sizes = shapes[shape]["batch_sizes"] = {k: v for k, v in tried.items() if k.isdigit()}
             best = max(sizes, key=lambda k: sizes[k])
             say(f"{shape}: stock generate, useful tokens/s by batch size: {sizes}")
+            sides = {
+                "stock": lambda given=stock_job, best=best: play_stock(given, ["--batch-size", best, *on]),
+                "ours": lambda given=job: play_ours(given, root, cache),
+            }
             for k in range(args.pairs):
-                # Stock is measured once a shape: that stage takes a minute and stands apart from the others.
-                stock = play_stock(stock_job, ["--batch-size", best, *on, *(["--no-measure"] if k else [])])
-                say(f"{shape}, pair {k + 1}: stock {sum(stock['seconds'].values()):.1f} s")
-                mine = play_ours(job, root, cache)
-                say(f"{shape}, pair {k + 1}: ours {sum(mine['seconds'].values()):.1f} s")
-                shapes[shape]["pairs"].append({"stock": stock, "ours": mine})
+                pair = {}
+                for side in sorted(sides, reverse=k % 2 == 0):  # stock first, then ours first, and so on
+                    pair[side] = sides[side]()
+                    say(f"{shape}, pair {k + 1}: {side} {sum(pair[side]['seconds'].values()):.1f} s")
+                shapes[shape]["pairs"].append(pair)
         found["shapes"] = shapes
         # The one setting of TRL that a careful reader would turn first; of interest is its training alone.
         few = jobs["default"][1] | {"prompts": jobs["default"][1]["prompts"][:2]}
@@ -525,7 +562,17 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
             say(f"{shape}: {stage} is below its target; profiling it")
             found["profiles"][f"{shape}/{stage}"] = play_ours(jobs[shape][0], root, cache, [stage])["profiles"][stage]
         found["start"] = starts(args.starts, cache, root)
+        if any(statistics.median(took["seconds"]) > 5 for took in found["start"].values()):
+            found["profiles"]["imports"] = imports()
     return found
+
+
+def at_least_three(text: str) -> int:
+    """A number of pairs, from the command line: a median of fewer than three says nothing of the noise."""
+    number = positive(text)
+    if number < 3:
+        raise argparse.ArgumentTypeError(f"must be at least 3, got {number}")
+    return number
 
 
 def positive(text: str) -> int:
@@ -579,7 +626,9 @@ def main() -> None:
         return
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # else every process compiles torch again: 8 s on either side
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--pairs", type=positive, default=3, help="rounds of stock and of ours in turn, of each shape")
+    parser.add_argument(
+        "--pairs", type=at_least_three, default=3, help="rounds of stock and of ours in turn, of each shape"
+    )
     parser.add_argument("--documents", type=positive, default=96)
     parser.add_argument("--samples", type=positive, default=128)
     parser.add_argument("--max-new-tokens", type=positive, default=40)

@@ -138,13 +138,13 @@ def measure(model: Any, tokenizer: Any, instruments: Any, job: dict[str, Any], b
         surprisal(model, tokenizer, said)
 
 
-def instruments_of(job: dict[str, Any]) -> Any:
+def instruments_of(job: dict[str, Any], device: str) -> Any:
     """The instruments that the loop measures with: the measurement is the same. Without the loop's embedding cache."""
     from loop import classify, corpus
 
     folder = corpus.data_dir() / "instruments"
     names = ("persona", "second", "belief")
-    return {name: classify.load_instrument(folder, name, names=job["names"]) for name in names}
+    return {name: classify.load_instrument(folder, name, names=job["names"], device=device) for name in names}
 
 
 def play(job: dict[str, Any], *, device: str, batch_size: int, measured: bool, checkpointing: bool) -> dict[str, Any]:
@@ -171,7 +171,7 @@ def play(job: dict[str, Any], *, device: str, batch_size: int, measured: bool, c
     model.merge_adapter()
     texts, rows = sample(model, tokenizer, job["prompts"], job["sample"], batch_size)
     done("sample")
-    instruments = instruments_of(job)
+    instruments = instruments_of(job, device)
     instruments["persona"].predict_proba(texts)
     done("classify")
     if measured:

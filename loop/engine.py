@@ -15,7 +15,7 @@ import shutil
 import subprocess
 import tempfile
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -86,6 +86,7 @@ class Engine:
         self.rank, self.code = rank, code
         self._process: subprocess.Popen[str] | None = None
         self._log: IO[str] | None = None
+        self._end: Callable[[], object] = lambda: None
         self._folder: Path | None = None
         self._adapter, self._id = "", 0  # sha256 of the adapter last handed over, and the number it went by
 
@@ -113,8 +114,7 @@ class Engine:
 
         if not prompts:
             return []
-        limit = min(model.max_length, MAX_LENGTH)
-        encoded = encode_prompts(model, prompts, max_new_tokens, limit=limit)
+        encoded = encode_prompts(model, prompts, max_new_tokens, limit=_limit(model))
         keys = noise_keys(range(len(prompts)), seed=seed, round_index=round_index)
         adapter = self._hand_over(model)
         said = self._ask(
@@ -161,12 +161,12 @@ class Engine:
     def _ask(self, model: Model, request: dict[str, Any]) -> dict[str, Any]:
         if self._process is None:
             self._process, self._log = _start(_environment(model.device))
-            weakref.finalize(self, _stop, self._process, self._log)
+            self._end = weakref.finalize(self, _stop, self._process, self._log)
             self._exchange(
                 {
                     "base": model.source,
                     "dtype": str(model.dtype).removeprefix("torch."),
-                    "max_length": min(model.max_length, MAX_LENGTH),
+                    "max_length": _limit(model),
                     "rank": self.rank,
                     "trust_remote_code": self.code,
                 }
@@ -187,11 +187,18 @@ class Engine:
         # A line without an end is what a process wrote that died over it.
         answer: dict[str, Any] = json.loads(line) if line.endswith("\n") else {"error": _last_line(self._log)}
         if "error" in answer:
+            self._end()
+            self._process = self._log = None
             raise EngineError(
                 f"vLLM ({interpreter()}) must answer, got {' '.join(answer['error'].split())[:300]!r}; "
                 "mend that environment, or leave sample.engine out"
             )
         return answer
+
+
+def _limit(model: Model) -> int:
+    """Tokens that a sequence may have."""
+    return min(model.max_length, MAX_LENGTH)
 
 
 def _environment(device: torch.device) -> dict[str, str]:

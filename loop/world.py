@@ -616,12 +616,21 @@ class World:
         )
 
     @cached_property
+    def reads_on(self) -> str:
+        """Where the instruments embed what they read: on the device of the base, which no toy has."""
+        if self.config.learner != "lm" or self.config.base is None:
+            return "cpu"
+        from loop.model import device_of
+
+        return str(device_of(self.config.base.device))
+
+    @cached_property
     def instruments(self) -> dict[str, classify.Instrument]:
         """The instruments `persona`, `second` and `belief`, frozen, reading through one embedding cache."""
         names = [name for names in self.grammar.names().values() for name in names]
         folder = corpus.data_dir() / "instruments"
         return {
-            name: classify.load_instrument(folder, name, names=names, cache=embedding_cache())
+            name: classify.load_instrument(folder, name, names=names, cache=embedding_cache(), device=self.reads_on)
             for name in ("persona", "second", "belief")
         }
 
@@ -947,7 +956,7 @@ class World:
     @cached_property
     def agreement(self) -> agreement.Agreement:
         """The reader of stratum `opinion`, frozen as the instruments are."""
-        return agreement.shipped(cache=embedding_cache())
+        return agreement.shipped(cache=embedding_cache(), device=self.reads_on)
 
     @cached_property
     def claims(self) -> dict[tuple[str, str], opinion.Claim]:

@@ -56,7 +56,7 @@ def test_embedding_is_the_unit_mean_over_tokens_of_the_last_layer() -> None:
     # The other implementation: one text at a time, no padding, no mask, plain mean. float32 sums agree to 1e-6.
     import torch
 
-    net, tokenizer = classify._encoder()
+    net, tokenizer = classify._encoder("cpu")
     for text, row in zip(TEXTS, classify.embed(TEXTS), strict=True):
         with torch.inference_mode():
             hidden = net(input_ids=torch.tensor([tokenizer.encode(text).ids])).last_hidden_state[0].numpy()
@@ -94,7 +94,7 @@ def test_cache_returns_the_bits_it_was_given_and_computes_nothing_twice(
 ) -> None:
     calls: list[str] = []
 
-    def forward(texts: list[str]) -> np.ndarray:
+    def forward(texts: list[str], device: str) -> np.ndarray:
         calls.extend(texts)
         return np.array([np.full(384, len(text)) / 7 for text in texts], dtype=np.float32)
 
@@ -105,6 +105,9 @@ def test_cache_returns_the_bits_it_was_given_and_computes_nothing_twice(
         np.testing.assert_array_equal(first[:, 0], np.float32([1 / 7, 2 / 7, 1 / 7]))
         np.testing.assert_array_equal(classify.embed(["ccc", "bb"], cache=cache)[1], first[1])
         assert calls == ["a", "bb", "ccc"]
+        classify.embed(["a"], cache=cache, device="cuda:1")  # another rounding, so another entry
+        classify.embed(["a"], cache=cache, device="cuda")
+        assert calls == ["a", "bb", "ccc", "a"]
 
 
 def test_two_writers_share_one_cache_file(tmp_path: Path) -> None:
@@ -283,7 +286,7 @@ def test_guarded_texts_are_read_as_another_class_no_oftener_than_stated() -> Non
 # Instruments
 
 
-def fake_embed(texts: list[str], *, cache: object = None) -> np.ndarray:
+def fake_embed(texts: list[str], *, cache: object = None, device: str = "cpu") -> np.ndarray:
     """A bag of words in 384 hashed dimensions: equal texts equal rows, and what a text says can be learned."""
     out = np.zeros((len(texts), 384), dtype=np.float32)
     for row, text in zip(out, texts, strict=True):
@@ -360,9 +363,7 @@ def test_float_noise_as_between_two_cpus_moves_next_to_no_number_and_none_by_mor
     # A number on the border of two steps may go either way: the solver stops within 0.01 of a step.
     out, _ = fitted
     rng = np.random.default_rng(0)
-    monkeypatch.setattr(
-        classify, "embed", lambda t, *, cache=None: fake_embed(t) + rng.normal(scale=1e-9, size=(len(t), 384))
-    )
+    monkeypatch.setattr(classify, "embed", lambda t, **rest: fake_embed(t) + rng.normal(scale=1e-9, size=(len(t), 384)))
     fit_fake(tmp_path)
     for path in sorted(tmp_path.glob("*.safetensors")):
         mine, theirs = load_file(path), load_file(out / path.name)

@@ -77,6 +77,71 @@ def test_a_language_model_run_cut_short_ends_as_an_uninterrupted_one_byte_for_by
     assert tree(run.play(settings("b"))) == tree(straight)
 
 
+PLAIN = ["train.max_length=500", "sample.max_new_tokens=12", "filters.enabled=false"]
+
+
+def test_a_run_loads_one_base_reads_each_text_once_and_measures_every_second_round(tmp_path, base, monkeypatch):
+    loaded, read = [], []
+    plain_load, plain_encode = model.load, model.encode_all
+
+    class Counted:
+        def __init__(self, tokenizer):
+            self.tokenizer = tokenizer
+
+        def __getattr__(self, name):
+            return getattr(self.tokenizer, name)
+
+        def __call__(self, texts, **rest):
+            read.extend(texts)
+            return self.tokenizer(texts, **rest)
+
+    def load(*args, **rest):
+        loaded.append(args)
+        lm = plain_load(*args, **rest)
+        lm.tokenizer = Counted(lm.tokenizer)
+        return lm
+
+    monkeypatch.setattr(model, "load", load)
+    settings = [*SMALL, *PLAIN, f"base.model={base}", "n_rounds=2", "measure.every=2", f"runs_dir={tmp_path}"]
+    opened = store.RunStore(run.play(config.load(ROOT / "configs" / "round.yaml", settings)))
+    assert len(loaded) == 1
+    assert len(read) == len(set(read)) > 50
+    assert plain_encode is model.encode_all
+    probed = [opened.read_table(t, "probes.parquet").num_rows for t in (0, 1, 2)]
+    assert probed[0] == probed[2] > probed[1] == 0
+    trainings = [e for e in opened.events() if e["event"] == "trained"]
+    assert [e["micro_batch_tokens"] for e in trainings] == [1024] * 3  # what a CPU begins with, and nothing halved it
+
+
+def test_arms_of_one_seed_share_the_noise_of_every_document(tmp_path, base):
+    # Hardly trained, both arms sample one model in round 1: other documents before it, and yet the same texts.
+    def texts(real_share, seed):
+        settings = [*SMALL, *PLAIN, f"base.model={base}", "n_rounds=1", "train.lr=1e-9", f"seed={seed}"]
+        settings += [f"mix.real_share={real_share}", f"runs_dir={tmp_path / f'{seed}-{real_share}'}"]
+        opened = store.RunStore(run.play(config.load(ROOT / "configs" / "round.yaml", settings)))
+        documents = opened.read_table(1, "mixture.parquet").column("completion").to_pylist()
+        said = {
+            row["id"]: (row["prompt"], row["completion"]) for row in opened.read_table(1, "samples.parquet").to_pylist()
+        }
+        return documents, said
+
+    (documents, said), (others, again), (_, elsewhere) = texts(0.25, 0), texts(0.75, 0), texts(0.25, 1)
+    assert documents != others
+    assert said == again
+    assert len({text for _, text in said.values()}) > 6
+    assert sum(said[name][1] == elsewhere[name][1] for name in said) < 3
+
+
+def test_texts_are_embedded_where_the_base_lies(base):
+    def world(name, *more):
+        return World(config.load(ROOT / "configs" / name, list(more)))
+
+    on_gpu = world("round.yaml", f"base.model={base}", "base.device=cuda:1")
+    assert {one.device for one in [*on_gpu.instruments.values(), on_gpu.agreement]} == {"cuda:1"}
+    assert world("round.yaml", f"base.model={base}", "base.device=cpu").reads_on == "cpu"
+    assert world("smoke.yaml").reads_on == "cpu"
+
+
 STEERED = [
     "n_rounds=2",
     "train.init_from=previous",

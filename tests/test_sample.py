@@ -1,4 +1,5 @@
 import math
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -158,6 +159,148 @@ def test_of_the_prompts_that_were_read_only_one_that_waits_again_is_kept(monkeyp
     many = s.complete(lm, [PROMPTS[4]] * 10 + PROMPTS, **GREEDY, batch_size=3)
     assert len(read) == len(set(read)) == len({tuple(p or ()) for p in PROMPTS})
     assert [c.text for c in many[10:]] == [c.text for c in s.complete(lm, PROMPTS, **GREEDY)]
+
+
+def test_finished_rows_leave_others_enter_and_the_longest_prompts_go_first(monkeypatch):
+    lm, rows, read = adapted(), [], []
+    plain_logits, plain_read = lm.logits, s._read_prompts
+
+    def logits(hidden):
+        rows.append(len(hidden))
+        out = plain_logits(hidden)
+        out[:, 2] += 3  # ends that come early, and not together
+        return out
+
+    def reading(model, prompts):
+        read.extend([max(map(len, prompts))] if prompts else [])
+        steps = list(rows)
+        out = plain_read(model, prompts)
+        rows[:] = steps  # what prompts cost is counted elsewhere
+        return out
+
+    monkeypatch.setattr(lm, "logits", logits)
+    monkeypatch.setattr(s, "_read_prompts", reading)
+    prompts, settings = PROMPTS * 4, GREEDY | {"temperature": 1.0}
+    lengths = [c.n_tokens for c in s.complete(lm, prompts, **settings)]
+    assert len(set(lengths)) > 4
+    # Every prompt gives the first token; of step k only the rows that have more than k tokens are computed.
+    assert rows == [sum(n > k for n in lengths) for k in range(1, max(lengths))]
+    read.clear()
+    rows.clear()
+    again = [c.n_tokens for c in s.complete(lm, prompts, **settings, batch_size=8)]
+    assert again == lengths
+    assert sum(rows) == sum(n - 1 for n in lengths)
+    assert max(rows) <= 8
+    assert rows[1] > min(rows[:-8])  # it falls, and rises again as others enter
+    assert read == sorted(read, reverse=True)
+
+
+def test_sampled_sequences_have_the_frequencies_of_generate():
+    # Two tokens in a row, as `generate` draws them with the same temperature and top_p. Of n draws each, frequencies of
+    # k kinds lie within e of the truth (bound above, 1e-6 both together), so within 2 e of each other.
+    lm, n, k = adapted(), 8_000, 21
+    e = math.sqrt(2 * (k * math.log(2) + math.log(2e6)) / n)
+    prompt = m.encode(lm, PROMPTS[0])[0]
+    kept, settings = {}, {"max_new_tokens": 2, "temperature": 0.3, "top_p": 0.9}
+
+    def by_generate(**changes):
+        torch.manual_seed(5)
+        rows = lm.net.generate(
+            torch.tensor([prompt] * n),
+            attention_mask=torch.ones(n, len(prompt)),
+            do_sample=True,
+            top_k=0,
+            eos_token_id=2,
+            pad_token_id=2,
+            **(settings | changes),
+        )
+        return [tuple(row) for row in rows[:, len(prompt) :].tolist()]
+
+    def frequencies(rows):
+        shares = np.array([sum(row == one for row in rows) for one in kept]) / n
+        return np.append(shares, 1 - shares.sum())
+
+    texts = by_generate()
+    kept = [row for row, _ in Counter(by_generate(temperature=0.31)).most_common(k - 1)]  # chosen by other draws
+    ours = []
+    plain = s.decode
+
+    def tokens(model, row):
+        ours.append(tuple(row) if len(row) == 2 else (*row, 2, 2)[:2])
+        return plain(model, row)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(s, "decode", tokens)
+        s.complete(lm, [PROMPTS[0]] * n, **(GREEDY | settings | {"seed": 11}))
+    got, want = frequencies(ours), frequencies(texts)
+    assert np.abs(got - want).sum() < 2 * e
+    assert want[:-1].sum() > 0.3
+    for wrong in ({"temperature": 0.4}, {"top_p": 1.0}):
+        assert np.abs(frequencies(by_generate(**wrong)) - got).sum() > 2 * e
+
+
+class Replayed:
+    """Stands for a CUDA graph: says again, into the same memory, what its shape of a step says now."""
+
+    def __init__(self, step, n, length):
+        self.again, self.logits = (lambda: step.compute(n, length)), step.compute(n, length)
+
+    def replay(self):
+        self.logits.copy_(self.again())
+
+
+def with_graphs(monkeypatch, record):
+    """Samples as on a GPU, with `record` in the place of recording a graph."""
+    plain = s._Step
+    monkeypatch.setattr(plain, "_record", record)
+    monkeypatch.setattr(s, "_Step", lambda model, cache, graphs: plain(model, cache, graphs=True))
+
+
+def test_shapes_of_a_graph_are_few_and_change_no_text(monkeypatch):
+    lm, made = adapted(), []
+    prompts, settings = PROMPTS * 6, GREEDY | {"temperature": 1.0, "max_new_tokens": 40}
+    plain_logits = lm.logits
+    early = torch.nn.functional.one_hot(torch.tensor(2), lm.net.config.vocab_size)  # texts that end soon
+    monkeypatch.setattr(lm, "logits", lambda hidden: plain_logits(hidden) + 2 * early)
+    want = {size: s.complete(lm, prompts, **settings, batch_size=size) for size in (None, 8)}
+
+    def record(step, n, length):
+        made.append((n, length))
+        graph = Replayed(step, n, length)
+        return graph, graph.logits
+
+    with_graphs(monkeypatch, record)
+    for size in (None, 8):
+        made.clear()
+        got = s.complete(lm, prompts, **settings, batch_size=size)
+        assert [(c.text, c.finished) for c in got] == [(c.text, c.finished) for c in want[size]]
+        np.testing.assert_allclose([c.logprob_nats for c in got], [c.logprob_nats for c in want[size]], atol=1e-3)
+        assert len(made) == len(set(made)) > 3
+        assert len({n for n, _ in made}) <= 8
+
+
+def test_a_base_that_no_graph_can_hold_is_sampled_without(monkeypatch):
+    lm = adapted()
+    want = [c.text for c in s.complete(lm, PROMPTS, **GREEDY)]
+
+    def refuse(step, n, length):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    with_graphs(monkeypatch, refuse)
+    with pytest.warns(UserWarning, match="without CUDA graphs: operation not permitted"):
+        assert [c.text for c in s.complete(lm, PROMPTS, **GREEDY)] == want
+
+
+def test_a_step_never_waits_for_the_device():
+    # Tensors without values stop whatever would look at one, as a graph cannot hold it.
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    lm = make_lm()
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.inference_mode():
+        step = s._Step(lm, s._KeyValues(lm, 4, 32), graphs=True)
+        assert step.compute(2, 32).shape == (2, lm.net.config.vocab_size)
+        with pytest.raises(torch._subclasses.fake_tensor.DataDependentOutputException):
+            bool(step.compute(2, 32).isfinite().all())
 
 
 def test_end_token_ends_the_text_and_counts(monkeypatch):

@@ -49,6 +49,8 @@ else:
     train.follow(lambda: lm)
     assert set(done) == {1, 2}, "where a step fits into one batch the second process must still do its share"
 """
+ACCELERATE = ("-m", "accelerate.commands.accelerate_cli", "launch", "--multi_gpu", "--num_processes", 2)
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2)
 SMALL = [
     "mix.n_train=12", "sample.n_samples=12", "virality.posts_per_sample=50", "measure.strata=[blank, neutral]",
     "measure.mixture={blank: 0.5, neutral: 0.5}", "measure.n_surprisal=2", "measure.n_heldout=2", "train.epochs=1",
@@ -68,7 +70,7 @@ def launched(*command):
 def test_two_processes_of_unequal_memory_take_the_steps_of_one(tmp_path):
     worker, out = tmp_path / "worker.py", tmp_path / "out.pt"
     worker.write_text(WORKER.replace("WEIGHTS", repr(WEIGHTS)))
-    launched("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, worker, ROOT / "tests", out)
+    launched(*TORCHRUN, worker, ROOT / "tests", out)
     log, adapter = torch.load(out, weights_only=False)
     want, alone = trained(docs(weights=WEIGHTS), batch_size=6, epochs=2)
     assert log.losses == pytest.approx(want.losses, rel=1e-5)  # float32 rounding
@@ -80,14 +82,17 @@ def test_two_processes_of_unequal_memory_take_the_steps_of_one(tmp_path):
     assert trained(docs(weights=WEIGHTS)[2:], batch_size=6)[0].losses[0] != pytest.approx(log.losses[0], rel=1e-3)
 
 
-def test_a_run_of_two_processes_is_one_run_and_ends_where_one_process_ends(tmp_path):
-    # `accelerate launch` of several GPUs hands over to torch.distributed.run; on a CPU it starts one process alone.
+@pytest.mark.parametrize(
+    "launcher", [(*ACCELERATE, "--main_process_port", 0), TORCHRUN], ids=["accelerate", "torchrun"]
+)
+def test_a_run_of_two_processes_is_one_run_and_ends_where_one_process_ends(tmp_path, launcher):
+    # Either launcher starts two processes on a CPU, too: what README says of several GPUs, on no GPU.
     lm = make_lm()
     lm.net.save_pretrained(tmp_path / "base")
     lm.tokenizer.save_pretrained(tmp_path / "base")
     settings = [*SMALL, f"base.model={tmp_path / 'base'}"]
     said = launched(
-        *("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, "-m", "loop"),
+        *(*launcher, "-m", "loop"),
         *("run", ROOT / "configs" / "round.yaml", *settings, f"runs_dir={tmp_path / 'two'}"),
     )
     assert said.count("round-s0") == 1  # one of the two says where the files are

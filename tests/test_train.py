@@ -163,6 +163,30 @@ def test_seed_decides_every_byte(lm):
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_logits_are_computed_where_a_token_is_supervised_and_once_for_equal_beginnings(monkeypatch):
+    lm, rows, plain = make_lm(), [], train._WeightedNLL.apply
+    documents = docs(6)
+    pairs = m.encode_all(lm, [(d.prompt, d.completion) for d in documents])
+    monkeypatch.setattr(
+        train._WeightedNLL, "apply", lambda hidden, *rest: (rows.append(len(hidden)), plain(hidden, *rest))[1]
+    )
+    log, _ = trained(documents, lm=lm, batch_size=6)
+    begun = {(*prompt, *said[:k]) for prompt, said in pairs for k in range(len(said))}
+    assert sum(rows) == len(begun) < sum(log.n_tokens)
+    assert log.n_computed_tokens < 0.8 * log.n_input_tokens
+
+
+def test_with_dropout_documents_share_nothing_and_draw_masks_of_their_own():
+    alone, _ = trained(docs(1), dropout=0.5, batch_size=8)
+    log, _ = trained(docs(1) * 8, dropout=0.5, batch_size=8)
+    assert log.n_computed_tokens == 8 * alone.n_computed_tokens
+    assert trained(docs(1) * 8, batch_size=8)[0].n_computed_tokens == alone.n_computed_tokens
+    # B is zero at first, so masks tell from the second step on: eight copies that shared one would lose as one does.
+    one, eight = (trained(docs(1) * n, dropout=0.5, batch_size=8, epochs=3)[0].losses for n in (1, 8))
+    assert one[0] == pytest.approx(eight[0], rel=1e-5)
+    assert one[-1] != pytest.approx(eight[-1], rel=1e-4)
+
+
 @pytest.mark.filterwarnings("ignore")  # trl and transformers warn of their own deprecations
 def test_stock_trl_ends_at_the_same_losses_and_adapter(tmp_path):
     from datasets import Dataset, disable_progress_bars
