@@ -38,6 +38,9 @@ SMALL = [  # the tiny loop with everything in it, in about two seconds a round
     "virality.posts_per_sample=100",
     "filters.require_finished=false",
 ]
+# Over many rounds each starts from the base, so that all have as much to do: a model carried on changes its texts, and
+# with them how many there are to embed.
+STEADY = ["train.init_from=base", "sample.n_samples=32"]
 ADAPTER = {"r": 16, "alpha": 32, "dropout": 0.0, "targets": ("q_proj", "v_proj", "up_proj", "down_proj")}
 
 
@@ -70,13 +73,22 @@ def rounds(config: Path, overrides: Sequence[str]) -> list[dict[str, float]]:
 
 
 def several(n_runs: int, config: Path, overrides: Sequence[str]) -> dict[str, Any]:
-    """Plays the same run n times, each in a fresh process; returns n_runs, and per round the medians over them."""
+    """Plays the same run n times, each in a fresh process.
+
+    Returns:
+      n_runs; per round one row made of theirs; and what of theirs it is: of seconds the least, for other work on the
+      machine can only add to them, of bytes the median.
+    """
     played = [alone(rounds, config, overrides) for _ in range(n_runs)]
-    middle = [
-        {"round": t, **{name: statistics.median(row[name] for row in of_round) for name in ("seconds", "bytes")}}
+    made = [
+        {
+            "round": t,
+            "seconds": min(row["seconds"] for row in of_round),
+            "bytes": statistics.median(row["bytes"] for row in of_round),
+        }
         for t, of_round in enumerate(zip(*played, strict=True))
     ]
-    return {"n_runs": n_runs, "rounds": middle}
+    return {"n_runs": n_runs, "seconds": "least", "bytes": "median", "rounds": made}
 
 
 def documents(config: Path, overrides: Sequence[str], sizes: Sequence[int], n_rounds: int) -> list[dict[str, float]]:
@@ -153,7 +165,7 @@ def main() -> None:
     found = {
         "machine": machine("cpu"),
         "toy_rounds": several(2 if quick else 5, TOY, [f"n_rounds={10 if quick else 200}"]),
-        "tiny_rounds": several(1, TINY, [*SMALL, "sample.n_samples=32", f"n_rounds={10 if quick else 60}"]),
+        "tiny_rounds": several(1 if quick else 2, TINY, [*SMALL, *STEADY, f"n_rounds={10 if quick else 60}"]),
         "toy_documents": alone(documents, TOY, [], (100, 200) if quick else (250, 500, 1000, 2000, 4000), 5),
         "tiny_documents": alone(documents, TINY, SMALL, (8, 16) if quick else (16, 32, 64, 128, 256), 4),
     }

@@ -296,12 +296,12 @@ def growth(found: dict[str, Any]) -> list[str]:
         "|---|---|---|---|",
     ]
     for name, first in (("toy", None), ("tiny", None), ("tiny", 20)):
-        rows, n_runs = found[f"{name}_rounds"]["rounds"], found[f"{name}_rounds"]["n_runs"]
-        rows = rows if first is None else rows[: first + 1]
+        made = found[f"{name}_rounds"]
+        rows, n_runs = made["rounds"][: None if first is None else first + 1], made["n_runs"]
         of_runs = ("" if first is None else "the first ") + f"{len(rows) - 1} rounds"
-        of_runs += f", by round the median of {n_runs} runs" if n_runs > 1 else ""
-        for of, what, unit in (("seconds", "seconds a round", 1), ("bytes", "resident MiB", MIB)):
+        for of, what, unit in (("seconds", "seconds a round", 1), ("bytes", "resident MiB", MIB))[first is not None :]:
             change = drift(rows, of)
+            what += f", by round the {made[of]} of {n_runs} runs" if n_runs > 1 else ""
             median = statistics.median(row[of] / unit for row in rows[1:])
             shown = f"{change[0]:+.1%} [{change[1]:+.1%}, {change[2]:+.1%}]"
             out.append(f"| {name}, {of_runs}, {what} | {median:.3f} | {shown} | {steadiness(change)} |")
