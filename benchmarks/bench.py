@@ -458,13 +458,13 @@ def lines(name: str, shape: dict[str, Any], limit: dict[str, float]) -> list[str
     times = statistics.median(by_pair(shape, "tokens"))
     out.append(f"  {'useful tokens/s':<22}{rate(stock):9.1f}{rate(mine):9.1f}{times:8.2f}")
     a, b = (memory(rows) / 2**30 for rows in (stock, mine))
-    out.append(f"  {'peak GiB, measured':<22}{a:9.2f}{b:9.2f}{a / b:8.2f}")
+    out.append(f"  {'peak GiB, measured':<22}{a:9.2f}{b:9.2f}")
     shares = [("sampling, share of limit", sample_share), ("training, share of limit", train_share)]
     if "copy_bytes" in limit:
         shares.append(("sampling, of copy rate", copy_share))
     for what, share in shares:
         a, b = (share(rows, shape, limit) for rows in (stock, mine))
-        out.append(f"  {what:<22}{a:9.1%}{b:9.1%}{b / a:8.2f}")
+        out.append(f"  {what:<22}{a:9.1%}{b:9.1%}")
     return out
 
 

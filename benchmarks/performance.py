@@ -39,6 +39,7 @@ GPU_ROUNDS = (  # file, what it holds, what it is taken with
     ("round-cuda", "SmolLM2-135M", ON_GPU),
     ("round-cuda-1.7b", "1.7 B parameters, random weights", ON_GPU | {"base": "random-1.7b"}),
 )
+SHORT = 20  # rounds after which the memory of a tiny run is to be flat
 FLAT = 0.1  # a run is called flat where its change from end to end is shown to be smaller than this share
 HOW = [
     "## What is done, and what it is held to",
@@ -52,7 +53,7 @@ HOW = [
     "ends; how many stands in a run's events.jsonl (`micro_batch_tokens`). What a CPU could choose by the clock is "
     "fixed, so that two machines take the same steps.",
     "- On a GPU the base is bfloat16, a decoding step of few shapes is recorded as CUDA graphs, and texts are embedded "
-    "there. None of it has been run on one: shapes, replaying and that a step waits for no value are tested on a CPU.",
+    "there. Shapes, what a graph holds and that a step waits for no value are tested on a CPU.",
     "- `measure.every` says in which rounds probes are asked, which is the line measure below.",
     "- What changes numbers is an option: `base.dtype`, `sample.engine`. Their effects on frequencies: "
     "[findings](findings.md#numerics-tiny).",
@@ -295,7 +296,7 @@ def growth(found: dict[str, Any]) -> list[str]:
         "| run | median | change from the first round to the last, 95% | |",
         "|---|---|---|---|",
     ]
-    for name, first in (("toy", None), ("tiny", None), ("tiny", 20)):
+    for name, first in (("toy", None), ("tiny", None), ("tiny", SHORT)):
         made = found[f"{name}_rounds"]
         rows, n_runs = made["rounds"][: None if first is None else first + 1], made["n_runs"]
         of_runs = ("" if first is None else "the first ") + f"{len(rows) - 1} rounds"
@@ -311,7 +312,22 @@ def growth(found: dict[str, Any]) -> list[str]:
         "the median, its error for neighbouring rounds as alike as they are; flat where its interval lies within "
         f"±{FLAT:.0%}.",
     ]
+    stages = by_stage(found["tiny_rounds"]["rounds"])
+    if stages:
+        out += ["", f"Seconds by stage of the tiny run, median of its second quarter to its last: {', '.join(stages)}."]
     return out
+
+
+def by_stage(rows: Sequence[dict[str, float]]) -> list[str]:
+    """Seconds of each stage in the second and the last quarter of a run: whose a change of its rounds is."""
+    stages = [name for name in rows[-1] if name.startswith("stage/")]
+    quarter = len(rows) // 4
+    early, late = (
+        {name: statistics.median(row.get(name, 0.0) for row in part) for name in stages}
+        for part in (rows[quarter : 2 * quarter], rows[-quarter:])
+    )
+    shown = [name for name in stages if max(early[name], late[name]) >= 0.1]
+    return [f"{name.removeprefix('stage/')} {early[name]:.2f} to {late[name]:.2f}" for name in shown]
 
 
 def figure(found: dict[str, Any]) -> bytes:
@@ -375,8 +391,8 @@ def page(folder: Path) -> str:
         *gpu(folder),
         "",
     ]
-    out += HOW
     on_gpu = [(what, read(folder / f"{file}.json", settings)) for file, what, settings in GPU_ROUNDS]
+    out += HOW if any(one for _, one in on_gpu) else [*HOW[:-1], "- Nothing has been run on a GPU yet.", ""]
     taken = [("The round", found), *((f"The round on a GPU, {what}", one) for what, one in on_gpu)]
     for title, one in taken:
         out += [] if one is None else [f"## {title}", "", *rounds(one), ""]

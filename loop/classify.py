@@ -101,9 +101,9 @@ def _name_pattern(names: tuple[str, ...]) -> re.Pattern[str]:
 def embed(texts: Sequence[str], *, cache: Cache = None, device: str = "cpu") -> Floats:
     """Returns sentence embeddings of all-MiniLM-L6-v2: mean over tokens of the last layer, scaled to length 1.
 
-    A text's embedding is the same to the bit whatever it is batched with, in whatever order, on however many threads,
-    and whether or not the cache held its neighbours: every forward pass has one shape per length bucket, missing rows
-    are filled, and each pass on a CPU runs on one thread. Another CPU or another torch moves it by about 1e-7; the
+    On a CPU a text's embedding is the same to the bit whatever it is batched with, in whatever order, on however many
+    threads, and whether or not the cache held its neighbours: every forward pass has one shape per length bucket,
+    missing rows are filled, and each pass runs on one thread. Another CPU or another torch moves it by about 1e-7; the
     torch version and, where it is not a CPU, the kind of device are part of the cache key.
 
     Args:

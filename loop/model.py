@@ -683,7 +683,7 @@ def pack(
     """Lays token sequences out as prefix trees, a shared prefix once, each token attending to its ancestors alone.
 
     Exact: a token's hidden state depends on its ancestors and its position only, so it is what the sequence alone would
-    give, and gradients of a shared prefix add up. Special case: n copies of one sequence cost one.
+    give, and gradients of a shared prefix add up. Special case: n copies of one sequence that share cost one.
 
     Args:
       sequences: token ids, each of length >= 1.

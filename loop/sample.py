@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import warnings
+import functools
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -165,11 +166,24 @@ class _KeyValues:
         return self.length
 
 
+GRAPHS = "PERSONA_LOOP_GRAPHS"  # 0: a GPU computes every step anew; a matter of the machine, and changes rounding alone
+
+
+class NoGraph(RuntimeError):
+    """A base whose step cannot be a CUDA graph."""
+
+    exit_code = 5
+
+    def __init__(self, what: str):
+        super().__init__(f"a step of sampling must be a CUDA graph, got {what}; {GRAPHS}=0 samples without graphs")
+
+
 class _Step:
     """One token for every running document: logits (n, vocab) of what follows it.
 
-    On a GPU shapes come in few sizes, and each is recorded once as a CUDA graph and played again: a small model spends
-    its time on starting kernels otherwise. Rows and keys that only fill a shape change no number.
+    With `graphs`, on a GPU, shapes come in few sizes, and one that comes again is recorded as a CUDA graph and played
+    from then on: a small model spends its time on starting kernels otherwise. Rows and keys that only fill a shape
+    change rounding alone.
     """
 
     def __init__(self, model: Model, cache: _KeyValues, *, graphs: bool):
@@ -177,14 +191,15 @@ class _Step:
         slots, self.length = cache.store.shape[2], cache.store.shape[4]
         self.tokens = torch.zeros(slots, 1, dtype=torch.long, device=model.device)
         self.position = torch.zeros(slots, dtype=torch.long, device=model.device)
-        self.made: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
+        self.visits: dict[tuple[int, int], int] = {}
+        self.made: dict[tuple[int, int], tuple[Any, torch.Tensor]] = {}  # graph, hidden states it leaves
 
     def shape(self, n: int, length: int) -> tuple[int, int]:
         """Rows and keys to compute for n documents of which the longest has `length` tokens."""
         if not self.graphs:
             return n, length
-        eighth = -(-len(self.tokens) // 8)
-        return min(-(-n // eighth) * eighth, len(self.tokens)), min(-(-length // 64) * 64, self.length)
+        quarter = -(-len(self.tokens) // 4)
+        return min(-(-n // quarter) * quarter, len(self.tokens)), min(-(-length // 64) * 64, self.length)
 
     def __call__(self, tokens: Sequence[int], lengths: Sequence[int]) -> torch.Tensor:
         """Arguments: each document's last token, and how many it has with that one."""
@@ -192,36 +207,51 @@ class _Step:
         self.tokens[: len(tokens), 0] = torch.tensor(tokens)
         self.position[: len(tokens)] = torch.tensor(lengths) - 1
         self.position[len(tokens) : n] = 0  # rows of nobody; who enters one writes over its first key
-        return self.play(n, length)[: len(tokens)]
+        return self.model.logits(self.play(n, length)[: len(tokens)])
 
     def play(self, n: int, length: int) -> torch.Tensor:
-        """The step on the first n rows and `length` keys: a graph, recorded the first time, or computed as it is."""
-        if not self.graphs:
-            return self.compute(n, length)
-        if (n, length) not in self.made:
-            try:
-                self.made[n, length] = self._record(n, length)
-            except RuntimeError as error:
-                if ran_out(error):
-                    raise
-                warnings.warn(f"sampling goes on without CUDA graphs: {str(error).splitlines()[0][:200]}", stacklevel=2)
-                self.graphs = False
-                return self.compute(n, length)
-        graph, logits = self.made[n, length]
-        graph.replay()
-        return logits
+        """Hidden states (n, hidden) of the first n rows over `length` keys."""
+        shape = (n, length)
+        if shape in self.made:
+            graph, hidden = self.made[shape]
+            graph.replay()
+            return hidden
+        self.visits[shape] = self.visits.get(shape, 0) + 1
+        if self.graphs and self.visits[shape] == 3:  # recording costs about three steps
+            self.made[shape] = self._record(n, length)
+            return self.made[shape][1]
+        return self.compute(n, length)
 
-    def _record(self, n: int, length: int) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
-        beside = torch.cuda.Stream(self.model.device)
-        beside.wait_stream(torch.cuda.current_stream(self.model.device))
-        with torch.cuda.stream(beside):  # libraries set themselves up on first use, which a graph cannot hold
-            self.compute(n, length)
-        torch.cuda.current_stream(self.model.device).wait_stream(beside)
-        graph = torch.cuda.CUDAGraph()
+    def _record(self, n: int, length: int) -> tuple[Any, torch.Tensor]:
+        """Returns a graph of the step and the hidden states it has just left.
+
+        Raises:
+          NoGraph: the step waits for the device, or playing it gives something else.
+        """
+        device = self.model.device
+        beside, main = _side_stream(device), torch.cuda.current_stream(device)
         pool = next(iter(self.made.values()))[0].pool() if self.made else None
-        with torch.cuda.graph(graph, pool=pool):
-            logits = self.compute(n, length)
-        return graph, logits
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.device(device):
+                beside.wait_stream(main)
+                torch.cuda.set_sync_debug_mode("error")  # a graph cannot hold what waits for a value
+                with torch.cuda.stream(beside):
+                    want = self.compute(n, length)
+                torch.cuda.set_sync_debug_mode("default")
+                main.wait_stream(beside)
+                with torch.cuda.graph(graph, pool=pool, stream=beside):
+                    hidden = self.compute(n, length)
+                graph.replay()
+        except RuntimeError as error:
+            if ran_out(error):
+                raise
+            raise NoGraph(str(error).splitlines()[0][:200]) from error
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        if not torch.allclose(hidden, want, rtol=1e-2, atol=1e-2):  # the same kernels on the same numbers
+            raise NoGraph(f"{float((hidden - want).abs().max()):.3g} between the step and its graph")
+        return graph, hidden
 
     def compute(self, n: int, length: int) -> torch.Tensor:
         """The step itself; nothing in it waits for the device."""
@@ -230,8 +260,12 @@ class _Step:
         mask = torch.zeros(n, 1, 1, length, dtype=self.model.dtype, device=self.model.device)
         columns = torch.arange(length, device=self.model.device)
         mask.masked_fill_(columns > position[:, None, None, None], -torch.inf)
-        hidden = self.model.hidden(self.tokens[:n], position[:, None], Layout(None, [mask]), self.cache)
-        return self.model.logits(hidden[:, 0])
+        return self.model.hidden(self.tokens[:n], position[:, None], Layout(None, [mask]), self.cache)[:, 0]
+
+
+@functools.cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
 
 
 class _Prefill:
@@ -294,7 +328,7 @@ def _decode_all(
     tokens: list[list[int]] = [[] for _ in encoded]
     logprobs, finished = [0.0] * len(encoded), [False] * len(encoded)
     cache = _KeyValues(model, slots, len(encoded[order[0]]) + max_new_tokens)
-    step = _Step(model, cache, graphs=model.device.type == "cuda")
+    step = _Step(model, cache, graphs=model.device.type == "cuda" and os.environ.get(GRAPHS) != "0")
     active: list[int] = []  # document in each of the first rows of the cache
     waiting = list(reversed(order))
     read: dict[tuple[int, ...], _Read] = {}

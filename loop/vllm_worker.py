@@ -43,6 +43,7 @@ def load(base: str, dtype: str, max_length: int, rank: int, trust_remote_code: b
     """Loads a base that takes one adapter at a time of at most this rank."""
     import vllm
 
+    on_cpu = os.environ.get("CUDA_VISIBLE_DEVICES") == ""  # as loop/engine.py says it
     return vllm.LLM(
         base,
         dtype=dtype,
@@ -53,8 +54,8 @@ def load(base: str, dtype: str, max_length: int, rank: int, trust_remote_code: b
         logprobs_mode="raw_logprobs",  # at temperature 1, before top_p
         gpu_memory_utilization=0.4,  # training has the rest
         enable_prefix_caching=True,
-        enable_chunked_prefill=False,  # on a CPU a prompt read in parts ends requests that have seeds of their own
-        max_num_batched_tokens=max(8192, max_length),
+        # On a CPU a prompt that is read in parts ends a request that has a seed of its own.
+        **({"enable_chunked_prefill": False, "max_num_batched_tokens": max(8192, max_length)} if on_cpu else {}),
         enable_lora=True,
         max_loras=1,
         max_lora_rank=next((size for size in (8, 16, 32, 64, 128, 256, 320) if size >= rank), 512),

@@ -128,11 +128,10 @@ def test_what_vllm_refuses_and_that_it_died_are_one_line(stand_in, saved, monkey
     assert "\n" not in str(caught.value)
     assert caught.value.exit_code == 5
     plain = s.encode_prompts
-    for _ in range(2):
-        monkeypatch.setattr(s, "encode_prompts", lambda *_, **__: [(7, 7, 7)])
+    for fatal in ((7, 7, 7), (7, 7, 7), (9, 9, 9)):  # it dies twice, and once it breaks a batch off
+        monkeypatch.setattr(s, "encode_prompts", lambda *_, fatal=fatal, **__: [fatal])
         with pytest.raises(engine.EngineError, match="must answer, got"):
             vllm.complete(saved, PROMPTS[:1], **(GREEDY | {"max_new_tokens": 1}))
-        # What a batch broke off would still lie in an engine that goes on: the next batch has a new one.
         monkeypatch.setattr(s, "encode_prompts", plain)
         said = vllm.complete(saved, PROMPTS, **GREEDY)
         assert [c.text for c in said] == [c.text for c in s.complete(saved, PROMPTS, **GREEDY)]

@@ -82,7 +82,7 @@ PLAIN = ["train.max_length=500", "sample.max_new_tokens=12", "filters.enabled=fa
 
 def test_a_run_loads_one_base_reads_each_text_once_and_measures_every_second_round(tmp_path, base, monkeypatch):
     loaded, read = [], []
-    plain_load, plain_encode = model.load, model.encode_all
+    plain_load = model.load
 
     class Counted:
         def __init__(self, tokenizer):
@@ -106,7 +106,6 @@ def test_a_run_loads_one_base_reads_each_text_once_and_measures_every_second_rou
     opened = store.RunStore(run.play(config.load(ROOT / "configs" / "round.yaml", settings)))
     assert len(loaded) == 1
     assert len(read) == len(set(read)) > 50
-    assert plain_encode is model.encode_all
     probed = [opened.read_table(t, "probes.parquet").num_rows for t in (0, 1, 2)]
     assert probed[0] == probed[2] > probed[1] == 0
     trainings = [e for e in opened.events() if e["event"] == "trained"]

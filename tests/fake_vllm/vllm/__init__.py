@@ -1,7 +1,7 @@
 """What loop/vllm_worker.py uses of vLLM, by transformers and peft: so the worker is tested where vLLM is not installed.
 
-As vLLM it keeps an adapter by its number alone: who gives a number twice gets the old adapter. It prints to standard
-output, as vLLM does.
+As vLLM it keeps an adapter by its number alone: who gives a number twice gets the old adapter. A batch that it breaks
+off stays in it, and spoils the next. It prints to standard output, as vLLM does.
 """
 
 import os
@@ -33,6 +33,7 @@ class LLM:
         self.base, self.dtype, self.max_length, self.rank = base, getattr(torch, dtype), max_model_len, max_lora_rank
         self.fresh = lambda: AutoModelForCausalLM.from_pretrained(self.base, dtype=self.dtype)
         self.nets = {0: self.fresh()}
+        self.broken_off = False
 
     def generate(self, prompts, settings, *, lora_request, use_tqdm):
         from peft import PeftModel
@@ -53,6 +54,9 @@ class LLM:
             raise ValueError(f"The decoder prompt (length {len(prompt)}) is longer than the maximum model length")
         if prompt[-3:] == [7, 7, 7]:
             os._exit(3)  # a process that dies
+        if self.broken_off or prompt[-3:] == [9, 9, 9]:
+            self.broken_off = True
+            raise RuntimeError("CPU Generator does not use offset")
         noise, tokens, logprobs = torch.Generator().manual_seed(s.seed), [], []
         while len(tokens) < s.max_tokens and (not tokens or tokens[-1] not in s.stop_token_ids):
             with torch.no_grad():
