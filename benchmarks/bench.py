@@ -37,6 +37,7 @@ sys.path.insert(0, str(ROOT))
 CONFIG, STOCK = ROOT / "configs" / "round.yaml", ROOT / "benchmarks" / "stock_round.py"
 STAGES = ("load", "train", "sample", "classify", "measure", "bookkeeping")
 MEASURE = ("probe", "measure", "candidates")  # what the loop's `measure` is made of
+TIMES = {"default": 3.0, "context": 4.0}  # how many times quicker a round of each shape is to be
 # Of the search for the best one of stock, which doubles it as long as that helps.
 FIRST_BATCH_SIZE = {"cpu": 16, "cuda": 256}
 # Two turns before every prompt, as a system prompt or a retrieved page would be.
@@ -481,9 +482,6 @@ def train_share(rows: Sequence[dict[str, Any]], shape: dict[str, Any], limit: di
 def copy_share(rows: Sequence[dict[str, Any]], shape: dict[str, Any], limit: dict[str, float]) -> float:
     """Bytes of bfloat16 weights, read once a decoding step were all documents decoded at once, over the copy rate."""
     return 2 * shape["n_parameters"] * shape["max_new_tokens"] / median(rows, "sample") / limit["copy_bytes"]
-
-
-TIMES = {"default": 3.0, "context": 4.0}  # how many times quicker a round of each shape is to be
 
 
 def missed(found: dict[str, Any]) -> list[tuple[str, str]]:

@@ -57,7 +57,6 @@ HOW = [
     "- `measure.every` says in which rounds probes are asked, which is the line measure below.",
     "- What changes numbers is an option: `base.dtype`, `sample.engine`. Their effects on frequencies: "
     "[findings](findings.md#numerics-tiny).",
-    "",
 ]
 LINEAR = 1.1  # and growth linear where the exponent is not above this
 
@@ -392,7 +391,7 @@ def page(folder: Path) -> str:
         "",
     ]
     on_gpu = [(what, read(folder / f"{file}.json", settings)) for file, what, settings in GPU_ROUNDS]
-    out += HOW if any(one for _, one in on_gpu) else [*HOW[:-1], "- Nothing has been run on a GPU yet.", ""]
+    out += [*HOW, *([] if any(one for _, one in on_gpu) else ["- Nothing has been run on a GPU yet."]), ""]
     taken = [("The round", found), *((f"The round on a GPU, {what}", one) for what, one in on_gpu)]
     for title, one in taken:
         out += [] if one is None else [f"## {title}", "", *rounds(one), ""]

@@ -249,6 +249,7 @@ class _Step:
             raise NoGraph(str(error).splitlines()[0][:200]) from error
         finally:
             torch.cuda.set_sync_debug_mode("default")
+            torch.cuda.set_stream(main)  # recording that fails leaves its own in place
         if not torch.allclose(hidden, want, rtol=1e-2, atol=1e-2):  # the same kernels on the same numbers
             raise NoGraph(f"{float((hidden - want).abs().max()):.3g} between the step and its graph")
         return graph, hidden

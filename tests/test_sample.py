@@ -207,16 +207,17 @@ def test_sampled_sequences_have_the_frequencies_of_generate():
     kept, settings = {}, {"max_new_tokens": 2, "temperature": 0.3, "top_p": 0.9}
 
     def by_generate(draws, **changes):
-        torch.manual_seed(draws)
-        rows = lm.net.generate(
-            torch.tensor([prompt] * n),
-            attention_mask=torch.ones(n, len(prompt)),
-            do_sample=True,
-            top_k=0,
-            eos_token_id=2,
-            pad_token_id=2,
-            **(settings | changes),
-        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(draws)
+            rows = lm.net.generate(
+                torch.tensor([prompt] * n),
+                attention_mask=torch.ones(n, len(prompt)),
+                do_sample=True,
+                top_k=0,
+                eos_token_id=2,
+                pad_token_id=2,
+                **(settings | changes),
+            )
         return [tuple(row) for row in rows[:, len(prompt) :].tolist()]
 
     def frequencies(rows):
