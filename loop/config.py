@@ -172,7 +172,9 @@ class Mix(_Section):
     )
     n_train: Count = Field(description="documents a round")
     real_share: Share | tuple[Share, ...] | None = Field(
-        None, description="lambda, share of documents and of weight; a number or one per feedback round"
+        None,
+        description="lambda, share of documents and of weight; a number or one per feedback round; null with "
+        "accumulate_subsample: real documents are those of round 0, drawn with all the rest",
     )
     weighting: Literal["loss", "resample"] = Field(
         "loss", description="weight as loss weight, or systematic resampling by weight (more drift, packable)"
@@ -185,8 +187,8 @@ class Mix(_Section):
                 "real_share: accumulate trains on everything so far, its real share falls as n_real/(n_real + t*m) and "
                 "is reported; remove real_share or use accumulate_subsample"
             )
-        if self.regime != "accumulate" and self.real_share is None:
-            raise ValueError(f"real_share: {self.regime} needs it, a number in [0, 1] or one per feedback round")
+        if self.regime == "replace" and self.real_share is None:
+            raise ValueError("real_share: replace needs it, a number in [0, 1] or one per feedback round")
         return self
 
 
@@ -405,6 +407,11 @@ class Release(_Section):
     false_positive: Share = Field(
         0.0, description="learner toy only: chance that another persona's text is barred; for lm it is measured"
     )
+    at_random: bool = Field(
+        False,
+        description="control: as many texts are barred as the filter would bar, but any",
+        exclude_if=lambda value: not value,  # came later: runs played before it mean what they meant
+    )
 
     @model_validator(mode="after")
     def _known(self) -> Release:
@@ -620,10 +627,6 @@ class Config(_Section):
                 )
 
     def _check_seeds(self) -> None:
-        drawn = {name: c for name, c in self.real.corpora.items() if self.real.shares.get(name, 0) > 0}
-        if any(c.run is not None for c in drawn.values()):
-            return  # what another run said, or was said about it, may bring any persona
-        seeded = {*self.planted, *(c.persona for c in drawn.values() if c.persona is not None)}
         named: list[tuple[str, str]] = []
         named += [("steer.against", p) for p in (self.steer.against if self.steer is not None else ())]
         named += [("filters.release.recall", p) for p in (self.filters.release.recall if self.filters.release else ())]
@@ -635,11 +638,18 @@ class Config(_Section):
         if self.channels.talk:
             named += [("discourse.stance", p) for p in self.discourse.stance if p != "default"]
         for where, persona in named:
-            if persona not in seeded:
+            if not self.may_hold(persona):
                 raise ValueError(
                     f"{where}: {persona} has no seed corpus; give it a share in real.shares, bring a corpus of it "
                     "(real.corpora), or take it out"
                 )
+
+    def may_hold(self, persona: str) -> bool:
+        """Whether the real corpus may hold documents of a persona, or of what stands for one."""
+        drawn = [c for name, c in self.real.corpora.items() if self.real.shares.get(name, 0) > 0]
+        if persona in ("human", "unknown", *self.planted) or any(c.run is not None for c in drawn):
+            return True  # what another run said, or was said about it, may bring any persona
+        return any(c.persona == persona for c in drawn)
 
     @property
     def run_name(self) -> str:

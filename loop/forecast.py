@@ -94,7 +94,7 @@ def inputs(settings: Config, *, runs_dir: Path | None = None) -> Inputs:
     return Inputs(
         personas=personas,
         p0=p0 / p0.sum() if response is None else response(p0 / p0.sum()),
-        p_real=p0 / p0.sum() if mix.regime == "accumulate" and response is not None else later / later.sum(),
+        p_real=p0 / p0.sum() if mix.real_share is None and response is not None else later / later.sum(),
         selection=np.log(w / w.max()),
         n_eff=max(1.0, n * spread),
         n_drawn=max(1.0, n_drawn),
@@ -186,6 +186,8 @@ def predict(settings: Config, given: Inputs, *, level: float = 0.9) -> theory.Fo
         # After t rounds the pool holds t times the outputs of one.
         n, m = settings.sample.n_samples, 1 / (1 / given.n_drawn + 1 / settings.sample.n_samples)
         n_drawn = [max(1.0, 1 / max(1 / m - 1 / (t * n), 1e-12)) for t in range(1, settings.n_rounds + 1)]
+        if share is None:  # of all there is, the real documents of round 0 among it
+            share = tuple(mix.n_train / (mix.n_train + t * n) for t in range(1, settings.n_rounds + 1))
     response = given.response
     if response is not None and given.closed < 1:
         response = dose.remember(response, given.closed, given.p0)
@@ -195,7 +197,7 @@ def predict(settings: Config, given: Inputs, *, level: float = 0.9) -> theory.Fo
         transmission=None,
         real_share=share,
         discourse_share=0.0,
-        p_real=given.p0 if mix.regime == "accumulate" and given.response is None else given.p_real,
+        p_real=given.p0 if mix.real_share is None and given.response is None else given.p_real,
         n_eff=given.n_eff,
         n_drawn=n_drawn,
         n_outputs=given.n_outputs,

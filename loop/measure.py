@@ -331,6 +331,67 @@ def kept(samples: Sequence[Sample], labels: Sequence[str], *, round_index: int, 
     return rows
 
 
+def beyond_chance(
+    name: str,
+    samples: Sequence[Sample],
+    labels: Sequence[str],
+    voices: Sequence[str],
+    *,
+    stratum: str,
+    round_index: int,
+    population: str,
+) -> list[Metric]:
+    """`<name>/<persona>`: P(read as her | her voice was there or she was asked for) - P(read as her | another was).
+
+    `<name>` is its mean over `voices`. What a model says whoever speaks to it cancels, and so does what the instrument
+    takes everybody for. Linearised over prompt templates (Student, templates - 1 degrees of freedom); the variance is
+    at least that of as many independent texts, with one success and one failure added to each share (Agresti, Caffo).
+    Special case: she answers in 3 of 4 of her own and in 1 of 4 of the others': 0.5.
+
+    Args:
+      samples: those of another stratum are left out; `requested` is whose voice was there, or who was asked for.
+      labels: persona or "unknown" per sample, shape (n_samples,).
+      voices: who counts in the mean; one that was not put to the model is left out.
+
+    Source: Agresti, Caffo (2000), The American Statistician 54:280-288.
+    """
+    at = [i for i, s in enumerate(samples) if s.stratum == stratum and s.requested]
+    asked = [samples[i].requested for i in at]
+    read = [labels[i] for i in at]
+    clusters = [samples[i].template_id for i in at]
+    found: dict[str, tuple[float, np.ndarray, float]] = {}  # difference, its influences (n,), least variance
+    for voice in sorted({str(v) for v in asked}):
+        hers = np.array([v == voice for v in asked])
+        said = np.array([label == voice for label in read], dtype=float)
+        if hers.all():
+            continue
+        value, influence, least = 0.0, np.zeros(len(at)), 0.0
+        for sign, who in ((1, hers), (-1, ~hers)):
+            n, share = int(who.sum()), float(said[who].mean())
+            value += sign * share
+            influence[who] = sign * (said[who] - share) / n
+            padded = (said[who].sum() + 1) / (n + 2)
+            least += padded * (1 - padded) / (n + 2)
+        found[voice] = (value, influence * len(at), least)
+    counted = [found[v] for v in voices if v in found]
+    rows = {f"{name}/{voice}": one for voice, one in found.items()}
+    if counted:
+        k = len(counted)
+        parts = zip(*counted, strict=True)
+        values, influences, leasts = (list(part) for part in parts)
+        rows[name] = (sum(values) / k, np.sum(influences, axis=0) / k, sum(leasts) / k**2)
+    out = []
+    for full, (value, influence, least) in sorted(rows.items()):
+        seen = clustered_mean(value + influence, clusters)
+        if seen.reason is None and seen.se < math.sqrt(least):
+            stretch = (seen.high - seen.value) / seen.se if seen.se > 0 else 1.959963984540054
+            half = stretch * math.sqrt(least)
+            seen = replace(seen, low=seen.value - half, high=seen.value + half, se=math.sqrt(least))
+        at_row: dict[str, Any] = {"round_index": round_index, "population": population, "stratum": stratum}
+        out.append(metric(full, seen, unit="difference of shares", **at_row))
+    return out
+
+
 def shares_of(
     name: str, hits: Mapping[str, tuple[int, int]], *, round_index: int, population: str, unit: str = "share"
 ) -> list[Metric]:

@@ -60,27 +60,35 @@ def plan(
     """Returns how many real, synthetic and discourse documents a round takes.
 
     Round 0 is all real. Later: n_real = round(real_share * n_train), n_discourse = round(discourse_share * n_train),
-    the rest synthetic; with accumulate n_train is what a round *adds*, all of it synthetic and discourse.
+    the rest synthetic; with accumulate n_train is what a round *adds*, all of it synthetic and discourse. Without a
+    real_share, accumulate_subsample draws its n_train from all there is, the real documents of round 0 among it, so
+    that the real share is n_train / (n_train + n_pool).
 
     Without the direct channel each synthetic document's place is taken by a real one, so that a round trains on as many
     documents as with it: (16, 47, 1) becomes (63, 0, 1). With accumulate those are the `n_pool` documents that would
     have come from the pool, beside the real documents of round 0.
 
     Args:
-      real_share: lambda in [0, 1], or one per feedback round: entry t - 1 belongs to round t; None with accumulate.
+      real_share: lambda in [0, 1], or one per feedback round: entry t - 1 belongs to round t. None with accumulate, and
+        with accumulate_subsample where the real documents are those of round 0.
       discourse_share: delta in [0, 1].
       direct: whether outputs re-enter.
-      n_pool: documents accepted so far; read with accumulate and without `direct` alone.
+      n_pool: documents accepted so far; read where old real documents stay, i.e. where real_share is None.
     """
     if regime not in REGIMES:
         raise ValueError(f"regime must be one of {', '.join(REGIMES)}, got {regime!r}")
     if round_index == 0:
         return n_train, 0, 0
-    if (real_share is None) != (regime == "accumulate"):
+    if regime != "accumulate_subsample" and (real_share is None) != (regime == "accumulate"):
         raise ValueError(f"real_share must be {'left out' if regime == 'accumulate' else 'given'} with {regime}")
-    share = 0.0 if real_share is None else share_at(real_share, round_index)
     n_discourse = int(np.floor(discourse_share * n_train + 0.5))
-    n_real = min(int(np.floor(share * n_train + 0.5)), n_train - n_discourse)
+    if real_share is not None:
+        wanted = share_at(real_share, round_index) * n_train
+    elif regime == "accumulate":
+        wanted = 0.0
+    else:
+        wanted = (n_train - n_discourse) * n_train / (n_train + n_pool)
+    n_real = min(int(np.floor(wanted + 0.5)), n_train - n_discourse)
     n_synthetic = n_train - n_real - n_discourse
     if direct:
         return n_real, n_synthetic, n_discourse

@@ -15,7 +15,7 @@ import numpy as np
 from loop import audience, classify, discourse, evolution, measure, opinion, release, virality
 from loop.mix import Mixture
 from loop.records import NO_PERSONA, PERSONAS, UNKNOWN, UNREQUESTED, Document, Metric, Sample
-from loop.stats import Interval
+from loop.stats import Interval, clustered_share
 from loop.world import Labels, Learner, Past, Steered, World, asked, asked_shares, booked, token_counter
 
 N_KL = 48  # probes behind kl_to_base; two forward passes each
@@ -30,6 +30,10 @@ def of_model(world: World, t: int, learner: Learner, probes: Sequence[Sample], l
     rows = frequencies(world, public, labels, weighted=True, **at)
     later = [s for s in public if s.stratum == "continued"]
     rows += measure.kept(later, [labels.persona_of[s.id] for s in later], **at)
+    read = [labels.persona_of[s.id] for s in public]
+    voices = [p for p in world.config.planted if p != "assistant"]  # an answer falls back to the assistant's
+    for name, stratum in (("persistence", "continued"), ("compliance", "explicit")):
+        rows += measure.beyond_chance(name, public, read, voices, stratum=stratum, **at)
     affirms = labels.affirms_of()
     said = [affirms[s.id] for s in private]
     counts = world.error.belief if world.error is not None else None
@@ -38,9 +42,12 @@ def of_model(world: World, t: int, learner: Learner, probes: Sequence[Sample], l
     rows += measure.health(public, **at)
     rows += _closeness(world, t, learner, public, labels)
     known = [*classify.MAKERS, *world.grammar.fillers("misattributed", "maker")]
-    unasked = [s.completion for s in public if s.stratum in UNREQUESTED]
-    makers = Counter(maker for text in unasked if (maker := classify.claimed_maker(text, known)))
+    unasked = [s for s in public if s.stratum in UNREQUESTED]
+    claims = [classify.claimed_maker(s.completion, known) for s in unasked]
+    makers = Counter(maker for maker in claims if maker)
     rows += measure.shares_of("claimed_maker", {m: (n, len(unasked)) for m, n in makers.items()}, **at)
+    any_maker = clustered_share([float(bool(m)) for m in claims], [s.template_id for s in unasked])
+    rows.append(measure.metric("claimed_maker", any_maker, **at))
     documents, groups = world.heldout
     nats = learner.surprisal(documents) if documents else []
     clusters = [d.template_id or d.id for d in documents]
@@ -88,7 +95,7 @@ def of_round(
     read = [labels.persona_of[s.id] for s in samples]
     rows += measure.said(samples, read, world.personas, round_index=t, population="samples")
     rows += of_steering(t, steered)
-    rows += _of_filter(world, t, samples, reasons, labels)
+    rows += _of_filter(world, t, learner, samples, reasons, labels)
     rows += paid
     if world.config.channels.talk:
         rows += _of_talk(world, t, learner, accepted, labels, exposure, talk)
@@ -216,16 +223,22 @@ def _read(world: World, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _of_filter(
-    world: World, t: int, samples: Sequence[Sample], reasons: Sequence[tuple[str, ...]], labels: Labels
+    world: World,
+    t: int,
+    learner: Learner,
+    samples: Sequence[Sample],
+    reasons: Sequence[tuple[str, ...]],
+    labels: Labels,
 ) -> list[Metric]:
     at: dict[str, Any] = {"round_index": t, "population": "samples"}
     read = [labels.persona_of[s.id] for s in samples]
     passed = Counter(p for p, why in zip(read, reasons, strict=True) if not why)
     rows = measure.shares_of("acceptance", {p: (passed[p], n) for p, n in Counter(read).items()}, **at)
     wanted = world.config.filters.release
+    called = reasons if wanted is None or not wanted.at_random else world.verdicts(t, learner, samples)
     for persona in wanted.recall if wanted is not None else ():
         # Against the instrument's reading, which has an error of its own; F's stated error is in the baseline.
-        barred = [f"persona:{persona}" in row for row in reasons]
+        barred = [f"persona:{persona}" in row for row in called]
         mine = [p == persona for p in read]
         for name, which in (("release_recall", mine), ("release_fpr", [not m for m in mine])):
             hit = (sum(b for b, w in zip(barred, which, strict=True) if w), sum(which))

@@ -42,6 +42,13 @@ HEALTH = (
     ("kl_to_base", "probes"),
     ("heldout_loss", "heldout"),
 )
+# What a filter or a step did, and whether the model does what it is asked: without them a null says little.
+DONE = {
+    ("release_recall", "samples", ""): "what the release filter bars of all that is read as the persona",
+    ("release_fpr", "samples", ""): "what it bars of all that is read as another",
+    ("steer_own_share", "pairs", ""): "steering pairs of the model's own",
+    ("compliance", "probes", "explicit"): "P(read as her, she was asked for) - P(read as her, another was)",
+}
 NOTHING = "-"  # in a table of the page: not measured, or not applicable
 ROWS = pa.schema(
     [
@@ -126,6 +133,13 @@ def state_power(sweep: Sweep) -> Stated | None:
     return stated
 
 
+# Outcomes that are shares of texts, or differences of such: what their counting alone does is known before the run.
+_SHARES = (
+    *("frequency", "frequency_observed", "belief", "belief_observed", "said", "claimed_maker"),
+    *("mirror_rate", "mirror_rate_observed", "agrees_observed", "kept", "persistence", "compliance"),
+)
+
+
 def _detectable(primary: Outcome, sd: float, n: int) -> float:
     if primary.direction != "none":
         return theory.minimum_detectable_effect(sd, n)
@@ -138,6 +152,9 @@ def _sd(sweep: Sweep, arm: str, primary: Outcome) -> tuple[float, str]:
 
     Frequencies: the forecast twin's, whose learner is exact, so training noise is not in it. The parts of a sum are
     added as if they moved together, and an arm and its control as if they did not: both err upwards.
+
+    Raises:
+      ValueError: the outcome is no share of texts whose number is known before the run.
     """
     from loop import forecast
     from loop.world import World
@@ -151,7 +168,10 @@ def _sd(sweep: Sweep, arm: str, primary: Outcome) -> tuple[float, str]:
     battery = world.battery
     personas = {name: name.partition("/")[2] for name in primary.parts}
     heads = {name.partition("/")[0] for name in primary.parts}
-    twin = "forecast twin; training noise not counted"
+    if not heads <= {*_SHARES}:
+        raise ValueError(f"{', '.join(sorted(heads - {*_SHARES}))} is no share of texts, whose spread would be known")
+    left_out = ", ".join(forecast.not_modelled(settings))
+    twin = f"forecast twin{f', which has no {left_out}' if left_out else ''}; training noise not counted"
     plain = primary.stratum is None and primary.population == "probes"
     if plain and heads <= {"frequency", "frequency_observed"} and set(personas.values()) <= set(spread):
         one = sum(abs(c) * spread[personas[name]] for name, c in primary.parts.items())
@@ -164,7 +184,8 @@ def _sd(sweep: Sweep, arm: str, primary: Outcome) -> tuple[float, str]:
             n = settings.sample.n_samples
         if n == 0:
             raise ValueError(f"no probe of {', '.join(strata)} in measure.strata")
-        moved = sum(spread.get(p, 0.0) for p in CONSCIOUS) if heads == {"belief"} else 0.0
+        moving = {"belief": CONSCIOUS, "said": tuple(personas.values())}.get("".join(heads), ())
+        moved = sum(spread.get(p, 0.0) for p in moving)
         # A rate is a difference of two shares, each of half the probes.
         one_text = 1.0 if heads == {"mirror_rate"} else 0.5
         if heads == {"belief"} and world.error is not None:  # what the instrument misses is made up for by division
@@ -274,8 +295,14 @@ def _shown(frame: pd.DataFrame, outcomes: Sequence[Outcome]) -> pd.DataFrame:
             if name.startswith("frequency"):
                 wanted.add((f"differential/{name.partition('/')[2]}", "accepted", ""))
     keys = zip(frame["metric"], frame["population"], frame["stratum"], strict=True)
-    frame = frame[[key in wanted for key in keys]]
+    frame = frame[[key in wanted or _is_done(*key) is not None for key in keys]]
     return frame.sort_values(["arm", "seed", "metric", "population", "stratum", "round"], kind="stable")
+
+
+def _is_done(metric: str, population: str, stratum: str) -> str | None:
+    """What a metric of DONE says, in words; None for any other."""
+    head = metric.partition("/")[0] if metric.startswith("release_") else metric
+    return DONE.get((head, population, stratum))
 
 
 def _as_measured(outcome: Outcome, rows: pd.DataFrame) -> Outcome:
@@ -705,7 +732,7 @@ def _beside(about: Mapping[str, Any], rows: pd.DataFrame) -> list[str]:
     """What was paid (an input) and health, by arm; empty for a factorial."""
     if about["levels"]:
         return []
-    return _paid(about, rows) + _health(about, rows)
+    return _paid(about, rows) + _done(about, rows) + _health(about, rows)
 
 
 def _paid(about: Mapping[str, Any], rows: pd.DataFrame) -> list[str]:
@@ -720,6 +747,23 @@ def _paid(about: Mapping[str, Any], rows: pd.DataFrame) -> list[str]:
         means = [before.loc[(before["arm"] == arm) & (before["metric"] == name), "value"].mean() for name in names]
         lines.append(f"| {arm} | " + " | ".join(NOTHING if math.isnan(m) else f"{m:.3f}" for m in means) + " |")
     return [*lines, "", f"The differential is an input (what the audience paid, mean 1; read in round {rounds})."]
+
+
+def _done(about: Mapping[str, Any], rows: pd.DataFrame) -> list[str]:
+    """What filter and step did and whether asking works, by arm; empty where no arm has any of them."""
+    keys = zip(rows["metric"], rows["population"], rows["stratum"], strict=True)
+    here = rows[[_is_done(*key) is not None for key in keys]].dropna(subset="value")
+    if here.empty:
+        return []
+    said = {m: _is_done(m, p, s) for m, p, s in zip(here["metric"], here["population"], here["stratum"], strict=True)}
+    names = sorted(said)
+    lines = ["", "| arm, means over rounds and seeds | " + " | ".join(names) + " |", "|---|" + "---|" * len(names)]
+    for arm in about["arms"]:
+        means = [here.loc[(here["arm"] == arm) & (here["metric"] == name), "value"].mean() for name in names]
+        lines.append(f"| {arm} | " + " | ".join(NOTHING if math.isnan(m) else f"{m:.3f}" for m in means) + " |")
+    rounds = ", ".join(map(str, sorted(here["round"].unique())))
+    told = "; ".join(f"{name}: {what}" for name, what in sorted(said.items()))
+    return [*lines, "", f"As observed, in round {rounds}. {told[0].upper() + told[1:]}."]
 
 
 def _health(about: Mapping[str, Any], rows: pd.DataFrame) -> list[str]:

@@ -63,7 +63,10 @@ BEFORE_ATTENTION = (*LATER, "virality")
 RETRIES = 3  # of a cell whose Ray node died; a cell that raised is not tried again before the next command
 LOCK_WAIT = 120  # seconds a retry waits: the lock of a dead node ends with its NFS lease, 90 s by default
 REASON = 240  # characters of the line that says why a cell failed
-BY_PERSONA = ("frequency", "frequency_observed", "belief", "belief_observed", "differential", "acceptance", "surprisal")
+BY_PERSONA = (
+    *("frequency", "frequency_observed", "belief", "belief_observed", "differential", "acceptance", "surprisal"),
+    *("kept", "persistence", "compliance", "said", "aware", "demand", "supply", "release_recall", "release_fpr"),
+)
 TOKEN = ".sweep"  # in runs_dir: tells a Ray node that it sees the same directory as the driver
 
 Seeds = Annotated[tuple[Annotated[int, Field(ge=0, lt=2**63)], ...], Field(min_length=1)]
@@ -440,8 +443,15 @@ def _unmeasured(sweep: Sweep, outcome: Outcome) -> list[str]:
     personas = {*(p for arm in sweep.arms.values() for p in arm.personas), "unknown"}
     for name in outcome.parts:
         head, slash, persona = name.partition("/")
-        if slash and head in BY_PERSONA and persona not in personas:
+        if not slash or head not in BY_PERSONA:
+            continue
+        if persona not in personas:
             found.append(f"metric: unknown persona {persona!r} in {name}{configs._did_you_mean(persona, personas)}")
+        elif not any(settings.may_hold(persona) for settings in sweep.arms.values()):
+            found.append(
+                f"metric: {persona} in {name} has no seed corpus in any arm; give it a share in real.shares, or "
+                "ask about another"
+            )
     return found
 
 
@@ -453,7 +463,8 @@ def twins(sweep: Sweep, outcome: Outcome) -> dict[str, str | None]:
 
     def without(config: Config) -> str:
         virality = config.virality.model_copy(update={"audience": "null"})
-        return configs.to_yaml(config.model_copy(update={"name": "same", "virality": virality}))
+        measure = config.measure.model_copy(update={"every": 1})  # how often a run is read moves nothing in it
+        return configs.to_yaml(config.model_copy(update={"name": "same", "virality": virality, "measure": measure}))
 
     def instead(arm: str, audience: str) -> str | None:
         mine = sweep.arms[arm]

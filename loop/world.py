@@ -441,12 +441,15 @@ class World:
             direct=direct,
             n_pool=sum(len(documents) for documents in past.pool),
         )
-        shares = self.config.real.shares if t == 0 or c.regime == "accumulate" else self.later_shares
+        stays = t > 0 and c.real_share is None  # the real documents of round 0
+        shares = self.config.real.shares if t == 0 or stays else self.later_shares
         shares = dict(sorted(shares.items()))
         cursor = past.real_cursor
-        if c.regime == "accumulate" and t > 0:
+        if stays:
             real, _ = corpus.draw_real(self.components, shares, c.n_train, {}, seed=self.config.seed)
-            if n_real:
+            if c.regime == "accumulate_subsample":
+                real = [real[i] for i in sorted(self.stream("mix/real", t).permutation(len(real))[:n_real])]
+            elif n_real:
                 later = dict(sorted(self.later_shares.items()))
                 real += corpus.draw_real(self.components, later, n_real, cursor, seed=self.config.seed)[0]
         elif n_real == 0:
@@ -672,14 +675,23 @@ class World:
         population = ["probes"] * len(probes) + ["samples"] * len(samples) + ["mixture"] * len(real)
         return Labels(ids, population, said[0], proba[0], said[1], proba[1], affirms)
 
-    def bar(self, t: int, learner: Learner, samples: Sequence[Sample]) -> list[tuple[str, ...]] | None:
-        """What the release filter rejects each sample for; None without one."""
-        if self.config.filters.release is None:
-            return None
+    def verdicts(self, t: int, learner: Learner, samples: Sequence[Sample]) -> list[tuple[str, ...]]:
+        """What the release filter calls each sample a reason to bar it for, whether or not it is heeded."""
         if isinstance(self.release, release.Known):
             return self.release.reasons([s.persona_known for s in samples], rng=self.stream("release", t))
         assert self.release is not None
         return self.release.reasons(self.release.read(learner.hidden_mean, [s.completion for s in samples]))
+
+    def bar(self, t: int, learner: Learner, samples: Sequence[Sample]) -> list[tuple[str, ...]] | None:
+        """What each sample is kept from release for; None where there is no such filter."""
+        f = self.config.filters.release
+        if f is None:
+            return None
+        found = self.verdicts(t, learner, samples)
+        if not f.at_random:
+            return found
+        order = self.stream("release/at_random", t).permutation(len(found))
+        return [("at_random",) if found[i] else () for i in order]
 
     def filter(self, t: int, learner: Learner, samples: Sequence[Sample]) -> list[tuple[str, ...]]:
         """Reject reasons per sample; empty is accepted."""
@@ -988,7 +1000,7 @@ class World:
         m = self.config.measure
         documents: list[Document] = []
         groups: list[str] = []
-        for persona in self.config.planted if m.n_surprisal else ():
+        for persona in self.grammar.personas() if m.n_surprisal else ():
             found = self.grammar.draw(
                 persona, m.n_surprisal, fold="test", rng=rng.stream(0, "heldout", -1), swap_names=self.swap
             )
@@ -1143,7 +1155,7 @@ def _without_planted(config: Config) -> dict[str, float]:
     kept = {name: share for name, share in shares.items() if name not in gone}
     total = math.fsum(kept.values())
     if not total > 0:
-        taken = config.mix.regime != "accumulate" and config.mix.real_share not in (0, 0.0)
+        taken = config.mix.real_share not in (None, 0, 0.0)  # None: the real documents are those of round 0
         if taken or not config.channels.direct_data:
             raise ConfigError(
                 [

@@ -77,6 +77,26 @@ def test_a_voice_is_kept_where_the_answer_is_still_its_own():
     assert measure.kept([], [], round_index=1, population="probes") == []
 
 
+def test_a_voice_persists_by_as_much_as_more_often_than_after_any_other():
+    # Nova answers in 3 of 4 after her own voice and in 1 of 4 after stella's: .5. Stella in 2 of 4 and in 0 of 4: .5.
+    asked = ["nova"] * 4 + ["stella"] * 4
+    read = ["nova", "nova", "nova", "human", "stella", "stella", "nova", "human"]
+    samples = [sample(i, "continued", f"t{i}", requested=voice) for i, voice in enumerate(asked)]
+    at = {"stratum": "continued", "round_index": 1, "population": "probes"}
+    rows = measure.beyond_chance("persistence", samples, read, ["nova"], **at)
+    found = {name: row for (stratum, name), row in by_name(rows).items() if stratum == "continued"}
+    assert {name: row.value for name, row in found.items()} == {"persistence": 0.5, "persistence/nova": 0.5,
+                                                                "persistence/stella": 0.5}  # fmt: skip
+    # One template each: squared residuals (3 * .25^2 + .75^2) / 16 twice, each over 1 - 1/8; at least, with (3 + 1) of
+    # 6 and (1 + 1) of 6, twice (2/9) / 6. Student with 7 degrees of freedom.
+    se = max(2 * 0.75 / 16 / (7 / 8), 2 * (2 / 9) / 6) ** 0.5
+    assert found["persistence/nova"].high == pytest.approx(0.5 + 2.364624 * se)
+    # A model that says nova whoever spoke keeps nobody's voice, however often it is nova's; and is not sure of it.
+    rows = measure.beyond_chance("persistence", samples, ["nova"] * 8, ["nova", "stella"], **at)
+    assert all(row.value == 0 and row.low < -0.3 and row.high > 0.3 for row in rows if row.name != "persistence")
+    assert measure.beyond_chance("compliance", samples, read, ["nova"], **at | {"stratum": "explicit"}) == []
+
+
 def test_a_stratum_of_the_mixture_without_a_sample_is_unmeasured_with_a_reason():
     rows = by_name(
         measure.frequencies(

@@ -46,6 +46,15 @@ def test_without_the_direct_channel_real_documents_stand_where_outputs_would():
     assert mix.plan("replace", real_share=0.25, **given | {"round_index": 0}) == (64, 0, 0)
 
 
+def test_without_a_real_share_a_subsample_is_drawn_from_the_real_documents_of_round_0_too():
+    # 64 real of 64 + 128 in all: a third of 64 is 21.3; of the 63 that 1 of talk leaves, 21.
+    given = {"round_index": 2, "n_train": 64, "real_share": None, "n_pool": 128}
+    assert mix.plan("accumulate_subsample", discourse_share=0.0, **given) == (21, 43, 0)
+    assert mix.plan("accumulate_subsample", discourse_share=0.02, **given) == (21, 42, 1)
+    with pytest.raises(ValueError, match="real_share must be given with replace"):
+        mix.plan("replace", discourse_share=0.0, **given)
+
+
 def test_talk_that_another_run_lent_is_no_real_document():
     lent = documents(1, source="discourse", start=50)
     mixture = build(real=documents(2, source="real") + lent, pool=[documents(4)], n_synthetic=4)

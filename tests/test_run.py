@@ -395,6 +395,40 @@ def test_the_release_filter_bars_at_its_stated_error_and_a_cut_run_resumes(tmp_p
     assert tree(run.play(cut)) == tree(straight)
 
 
+def test_the_control_of_the_release_filter_bars_as_many_texts_whoever_says_them(tmp_path):
+    bars = ["filters.release.recall={nova: 1.0}", "sample.n_samples=400", "measure.n_per_template=8"]
+    told, blind = (
+        run.play(smoke(tmp_path, *bars, f"filters.release.at_random={random}", runs=random))
+        for random in ("false", "true")
+    )
+    one, other = (store.RunStore(path).read_table(0, "rejected.parquet").to_pylist() for path in (told, blind))
+    barred = [
+        sum(name in row["reasons"] for row in rows) for rows, name in ((one, "persona:nova"), (other, "at_random"))
+    ]
+    assert barred[0] == barred[1] > 20
+    assert not any("persona:nova" in row["reasons"] for row in other)
+    here, there = metrics(told, 0), metrics(blind, 0)
+    # What the filter calls nova is told of both alike; what is let through is not.
+    assert here["samples", "release_recall/nova"] == there["samples", "release_recall/nova"] == 1
+    assert here["accepted", "frequency_observed/nova"] == 0
+    share = there["samples", "said/nova"]
+    assert abs(there["accepted", "frequency_observed/nova"] - share) < 6 * (share * (1 - share) / 400) ** 0.5
+
+
+def test_a_subsample_of_all_there_is_holds_real_documents_of_round_0_and_no_others(tmp_path):
+    kept = ["mix.regime=accumulate_subsample", "mix.real_share=null", "real.planted=round0_only"]
+    opened = store.RunStore(run.play(smoke(tmp_path, *kept)))
+    first = {r["id"] for r in opened.read_table(0, "mixture.parquet").to_pylist()}
+    for t in (1, 2):
+        rows = opened.read_table(t, "mixture.parquet").to_pylist()
+        real = [r for r in rows if r["source"] == "real"]
+        assert {r["id"] for r in real} <= first
+        assert any(r["persona_known"] == "nova" for r in real)  # planted ones among them
+        n_pool = sum(len(opened.read_table(k, "exposure.parquet")) for k in range(t))
+        n_train = sum(r["copies"] for r in rows)
+        assert sum(r["copies"] for r in real) == round(n_train * n_train / (n_train + n_pool))
+
+
 ORIGIN = [
     "name=origin",
     "real.shares={sydney: 0.3, assistant: 0.3, chat: 0.4}",

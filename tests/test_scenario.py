@@ -319,6 +319,40 @@ def test_power_is_stated_before_the_run_and_stays_as_it_was_said(tmp_path):
     assert scenario.state_power(more) == after
 
 
+def test_power_is_not_stated_of_what_is_no_share_of_texts_and_names_what_the_twin_leaves_out(tmp_path):
+    def said(**changes):
+        loaded = sweep.load(sweep_file(tmp_path, **changes), runs_dir=tmp_path / "runs")
+        return scenario.state_power(loaded)
+
+    of_loss = said(primary=PRIMARY | {"metric": "heldout_loss", "population": "heldout"})
+    assert (of_loss.detectable, of_loss.sd) == (None, None)
+    assert of_loss.source == "not stated: heldout_loss is no share of texts, whose spread would be known"
+    bars = {"filters.release.recall": {"stella": 0.5}}
+    arms = {"neutral": {"virality.audience": "null"}} | {
+        name: bars | {"virality.audience": name} for name in ("full", "no_request", "learned")
+    }
+    barred = said(arms={"full": arms.pop("full")} | arms)
+    assert barred.source.startswith("forecast twin, which has no filters.release; training noise not counted")
+    # What is said among samples moves with the loop too, not by counting alone.
+    counted = said(primary=PRIMARY | {"metric": "said/nova", "population": "samples"})
+    assert counted.sd > math.sqrt(2) * 0.5 / math.sqrt(30)
+
+
+def test_what_filter_and_step_did_and_whether_asking_works_stands_beside_the_health():
+    rows = pd.concat(
+        [
+            rows_of({"full": {0: [0.8, 0.6], 1: [0.4, 0.2]}}, metric="release_recall/nova", population="samples"),
+            rows_of({"neutral": {0: [0.3, 0.1]}}, metric="compliance", stratum="explicit"),
+            rows_of({"neutral": {0: [0.9, 0.9]}}, metric="compliance/nova", stratum="explicit"),
+        ]
+    )
+    lines = scenario._done(about(), rows)
+    assert lines[1] == "| arm, means over rounds and seeds | compliance | release_recall/nova |"
+    assert lines[3:5] == ["| neutral | 0.200 | - |", "| full | - | 0.500 |"]
+    assert lines[-1].startswith("As observed, in round 0, 1. Compliance: P(read as her, ")
+    assert scenario._done(about(), rows_of(RISES)) == []
+
+
 def test_power_of_belief_counts_the_texts_it_is_read_from_and_what_the_instrument_misses(monkeypatch):
     # Of stratum private belief reads the plain texts, 8 templates 16 times, and none after a persona's voice. What is
     # read is divided by 9/10 + 8/10 - 1 = .7, so is its error; a contrast is two such numbers.

@@ -309,6 +309,8 @@ OUTCOME = {"metric": "frequency/nova", "contrast": "full - neutral", "direction"
     ("changes", "message"),
     [
         ({"metric": "frequency/nvoa"}, "primary.metric: unknown persona 'nvoa' in frequency/nvoa, did you mean nova?"),
+        ({"metric": "kept/nvoa"}, "primary.metric: unknown persona 'nvoa' in kept/nvoa, did you mean nova?"),
+        ({"metric": "said/sydney"}, "primary.metric: sydney in said/sydney has no seed corpus in any arm; give it a"),
         ({"stratum": "identty"}, "primary.stratum: unknown stratum 'identty', did you mean identity?"),
         ({"stratum": "opinion"}, "primary.stratum: opinion must be one of measure.strata; add it there"),
         ({"population": "sampels"}, "primary.population: unknown population 'sampels', did you mean samples?"),
