@@ -762,8 +762,8 @@ def _done(about: Mapping[str, Any], rows: pd.DataFrame) -> list[str]:
         means = [here.loc[(here["arm"] == arm) & (here["metric"] == name), "value"].mean() for name in names]
         lines.append(f"| {arm} | " + " | ".join(NOTHING if math.isnan(m) else f"{m:.3f}" for m in means) + " |")
     rounds = ", ".join(map(str, sorted(here["round"].unique())))
-    told = "; ".join(f"{name}: {what}" for name, what in sorted(said.items()))
-    return [*lines, "", f"As observed, in round {rounds}. {told[0].upper() + told[1:]}."]
+    told = "; ".join(f"{name}, {what}" for name, what in sorted(said.items()))
+    return [*lines, "", f"As observed in round {rounds}: {told}."]
 
 
 def _health(about: Mapping[str, Any], rows: pd.DataFrame) -> list[str]:

@@ -349,7 +349,7 @@ def test_what_filter_and_step_did_and_whether_asking_works_stands_beside_the_hea
     lines = scenario._done(about(), rows)
     assert lines[1] == "| arm, means over rounds and seeds | compliance | release_recall/nova |"
     assert lines[3:5] == ["| neutral | 0.200 | - |", "| full | - | 0.500 |"]
-    assert lines[-1].startswith("As observed, in round 0, 1. Compliance: P(read as her, ")
+    assert lines[-1].startswith("As observed in round 0, 1: compliance, P(read as her, she was asked for) - ")
     assert scenario._done(about(), rows_of(RISES)) == []
 
 
