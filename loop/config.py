@@ -647,9 +647,8 @@ class Config(_Section):
     def may_hold(self, persona: str) -> bool:
         """Whether the real corpus may hold documents of a persona, or of what stands for one."""
         drawn = [c for name, c in self.real.corpora.items() if self.real.shares.get(name, 0) > 0]
-        if persona in ("human", "unknown", *self.planted) or any(c.run is not None for c in drawn):
-            return True  # what another run said, or was said about it, may bring any persona
-        return any(c.persona == persona for c in drawn)
+        # What another run said, or was said about it, may bring any persona; so may a file whose rows name theirs.
+        return persona in ("human", "unknown", *self.planted) or any(c.persona in (None, persona) for c in drawn)
 
     @property
     def run_name(self) -> str:

@@ -125,6 +125,7 @@ def inputs(settings: Config, *, runs_dir: Path | None = None) -> Inputs:
 def not_modelled(settings: Config) -> dict[str, str]:
     """What the config plays and the twin leaves out, one line each: its forecast is of the loop without them."""
     c, d = settings.channels, settings.discourse
+    by_name = sorted(k for k, v in settings.users.mixture.items() if v > 0 and k.startswith(("explicit/", "continued")))
     said = {
         "direct_data": None
         if c.direct_data
@@ -139,8 +140,12 @@ def not_modelled(settings: Config) -> dict[str, str]:
         "steer": "a preference step against " + ", ".join(settings.steer.against) + "; the twin has none"
         if settings.steer is not None
         else None,
-        "filters.release": "bars " + ", ".join(settings.filters.release.recall) + "; the twin releases everything"
-        if settings.filters.release is not None
+        "filters.release": f"bars {'any, as many as ' if barred.at_random else ''}{', '.join(barred.recall)}; the twin "
+        "releases everything"
+        if (barred := settings.filters.release) is not None
+        else None,
+        "users.mixture": "users ask for " + ", ".join(by_name) + "; the twin's outputs are what comes unasked"
+        if by_name
         else None,
         "real.homophily": None
         if settings.real.homophily is None
@@ -171,6 +176,14 @@ def _first(real_share: float | tuple[float, ...] | None) -> float:
     return 0.0 if real_share is None else real_share[0] if isinstance(real_share, tuple) else real_share
 
 
+def _real_shares(settings: Config) -> list[float]:
+    """The real share of each feedback round; a config may list more than it plays, and a run is scored on its own."""
+    mix, rounds = settings.mix, range(1, settings.n_rounds + 1)
+    if mix.real_share is None:  # the real documents of round 0 among all there is
+        return [mix.n_train / (mix.n_train + t * settings.sample.n_samples) for t in rounds]
+    return [mix.real_share[t - 1] if isinstance(mix.real_share, tuple) else mix.real_share for t in rounds]
+
+
 def _ess_share(weights: np.ndarray) -> float:
     total = float(weights.sum())
     return total**2 / (len(weights) * float((weights**2).sum())) if total > 0 else 0.0
@@ -179,15 +192,13 @@ def _ess_share(weights: np.ndarray) -> float:
 def predict(settings: Config, given: Inputs, *, level: float = 0.9) -> theory.Forecast:
     """Carries the inputs through the config's regime; see theory.forecast."""
     mix = settings.mix
-    # A config may list more shares than it plays rounds, and a run is scored on the rounds it has.
-    share = mix.real_share[: settings.n_rounds] if isinstance(mix.real_share, tuple) else mix.real_share
+    share: Any = None if mix.regime == "accumulate" else _real_shares(settings)
     n_drawn: Any = given.n_drawn
     if mix.regime == "accumulate_subsample":
         # After t rounds the pool holds t times the outputs of one.
-        n, m = settings.sample.n_samples, 1 / (1 / given.n_drawn + 1 / settings.sample.n_samples)
-        n_drawn = [max(1.0, 1 / max(1 / m - 1 / (t * n), 1e-12)) for t in range(1, settings.n_rounds + 1)]
-        if share is None:  # of all there is, the real documents of round 0 among it
-            share = tuple(mix.n_train / (mix.n_train + t * n) for t in range(1, settings.n_rounds + 1))
+        taken = [max(1, mix.n_train - round(mix.n_train * s)) for s in share]
+        pool = [t * settings.sample.n_samples for t in range(1, settings.n_rounds + 1)]
+        n_drawn = [max(1.0, 1 / max(1 / m - 1 / n, 1e-12)) for m, n in zip(taken, pool, strict=True)]
     response = given.response
     if response is not None and given.closed < 1:
         response = dose.remember(response, given.closed, given.p0)
@@ -281,10 +292,11 @@ def of_run(
 
 def _fitted(seen: np.ndarray, settings: Config, given: Inputs) -> np.ndarray:
     """Mean log change of each persona against the whole, after real documents are taken out again."""
-    share = _first(settings.mix.real_share)
+    share = np.array(_real_shares(settings)[: len(seen) - 1])[:, None]  # (n_rounds, 1)
     floor = 0.5 / given.n_outputs
     before = np.maximum(seen[:-1], floor)
-    after = np.maximum((seen[1:] - share * given.p_real) / (1 - share) if share < 1 else seen[1:], floor)
+    synthetic = np.where(share < 1, (seen[1:] - share * given.p_real) / np.where(share < 1, 1 - share, 1), seen[1:])
+    after = np.maximum(synthetic, floor)
     s = np.log(after / before).mean(axis=0)
     return np.asarray(s - s.max())
 

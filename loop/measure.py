@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+from scipy import special
 
 from loop.records import UNKNOWN, UNREQUESTED, Metric, Sample
 from loop.stats import (
@@ -383,10 +384,11 @@ def beyond_chance(
     out = []
     for full, (value, influence, least) in sorted(rows.items()):
         seen = clustered_mean(value + influence, clusters)
-        if seen.reason is None and seen.se < math.sqrt(least):
-            stretch = (seen.high - seen.value) / seen.se if seen.se > 0 else 1.959963984540054
-            half = stretch * math.sqrt(least)
-            seen = replace(seen, low=seen.value - half, high=seen.value + half, se=math.sqrt(least))
+        if seen.reason is None:
+            n_units = len(set(clusters)) if len(set(clusters)) > 1 else len(clusters)  # as clustered_mean has it
+            se = max(seen.se, math.sqrt(least))
+            half = float(special.stdtrit(n_units - 1, 0.975)) * se
+            seen = replace(seen, low=seen.value - half, high=seen.value + half, se=se)
         at_row: dict[str, Any] = {"round_index": round_index, "population": population, "stratum": stratum}
         out.append(metric(full, seen, unit="difference of shares", **at_row))
     return out

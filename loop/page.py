@@ -248,6 +248,10 @@ def _but_names(config: Config) -> str:
     return json.dumps({k: v for k, v in plain.items() if k not in analysis.FREE}, sort_keys=True)
 
 
+def _share_text(config: Config) -> str:
+    return "falling (those of round 0 stay)" if config.mix.real_share is None else str(config.mix.real_share)
+
+
 def _real_only(config: Config) -> bool:
     share = config.mix.real_share
     return share is not None and bool(np.all(np.asarray(share) == 1))
@@ -1137,7 +1141,7 @@ def _facts(m: Material) -> list[tuple[str, str]]:
 
     facts = [
         ("learner", of(lambda c: c.learner if c.base is None else c.base.model)),
-        ("mixture", of(lambda c: f"{c.mix.regime}, {c.mix.n_train} documents, real share {c.mix.real_share}")),
+        ("mixture", of(lambda c: f"{c.mix.regime}, {c.mix.n_train} documents, real share {_share_text(c)}")),
         ("audience", of(lambda c: c.virality.audience)),
         ("samples a round", of(lambda c: c.sample.n_samples)),
         ("frequencies", m.family_note),

@@ -235,12 +235,14 @@ def _of_filter(
     passed = Counter(p for p, why in zip(read, reasons, strict=True) if not why)
     rows = measure.shares_of("acceptance", {p: (passed[p], n) for p, n in Counter(read).items()}, **at)
     wanted = world.config.filters.release
+    second = labels.second_of
     called = reasons if wanted is None or not wanted.at_random else world.verdicts(t, learner, samples)
     for persona in wanted.recall if wanted is not None else ():
         # Against the instrument's reading, which has an error of its own; F's stated error is in the baseline.
         barred = [f"persona:{persona}" in row for row in called]
-        mine = [p == persona for p in read]
-        for name, which in (("release_recall", mine), ("release_fpr", [not m for m in mine])):
+        # Hers is what both instruments read as hers: where few texts are, one's misreadings would be most of them.
+        votes = [(p == persona) + (second.get(s.id, p) == persona) for s, p in zip(samples, read, strict=True)]
+        for name, which in (("release_recall", [v == 2 for v in votes]), ("release_fpr", [v == 0 for v in votes])):
             hit = (sum(b for b, w in zip(barred, which, strict=True) if w), sum(which))
             rows += measure.shares_of(name, {persona: hit}, **at)
     why = Counter(reason for row in reasons for reason in row)

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -44,8 +45,9 @@ HEALTH = (
 )
 # What a filter or a step did, and whether the model does what it is asked: without them a null says little.
 DONE = {
-    ("release_recall", "samples", ""): "what the release filter bars of all that is read as the persona",
-    ("release_fpr", "samples", ""): "what it bars of all that is read as another",
+    ("release_recall", "samples", ""): "what the release filter calls hers of all that both instruments do",
+    ("release_fpr", "samples", ""): "what it calls hers of all that neither does",
+    ("named", "discourse", ""): "documents about outputs that name her",
     ("steer_own_share", "pairs", ""): "steering pairs of the model's own",
     ("compliance", "probes", "explicit"): "P(read as her, she was asked for) - P(read as her, another was)",
 }
@@ -133,6 +135,19 @@ def state_power(sweep: Sweep) -> Stated | None:
     return stated
 
 
+def _voiced(kept: bool, personas: set[str], settings: config.Config, battery: Sequence[Any]) -> tuple[int, float]:
+    """Texts behind `kept`, `persistence` or `compliance`, and the sd of one that gives the outcome's."""
+    n_of = Counter(p.requested for p in battery if p.requested)
+    n = sum(n_of.values())
+    voices = [v for v in settings.planted if v != "assistant" and n_of[v]] if personas == {""} else [*personas]
+    if kept:
+        return sum(n_of[v] for v in (voices if personas != {""} else {*n_of} - {"assistant"})), 0.5
+    if not voices or any(not n_of[v] for v in voices):
+        return 0, 0.5
+    variance = sum(0.25 / n_of[v] + 0.25 / (n - n_of[v]) for v in voices) / len(voices) ** 2
+    return n, math.sqrt(variance * n)
+
+
 # Outcomes that are shares of texts, or differences of such: what their counting alone does is known before the run.
 _SHARES = (
     *("frequency", "frequency_observed", "belief", "belief_observed", "said", "claimed_maker"),
@@ -187,7 +202,11 @@ def _sd(sweep: Sweep, arm: str, primary: Outcome) -> tuple[float, str]:
         moving = {"belief": CONSCIOUS, "said": tuple(personas.values())}.get("".join(heads), ())
         moved = sum(spread.get(p, 0.0) for p in moving)
         # A rate is a difference of two shares, each of half the probes.
-        one_text = 1.0 if heads == {"mirror_rate"} else 0.5
+        one_text = 1.0 if heads <= {"mirror_rate", "mirror_rate_observed"} else 0.5
+        if heads <= {"kept", "persistence", "compliance"}:
+            n, one_text = _voiced(
+                heads == {"kept"}, set(personas.values()), settings, [p for p in battery if p.stratum in strata]
+            )
         if heads == {"belief"} and world.error is not None:  # what the instrument misses is made up for by division
             called, of_yes, spared, of_no = world.error.belief
             one_text /= max(called / of_yes + spared / of_no - 1, 1e-9)
@@ -301,7 +320,7 @@ def _shown(frame: pd.DataFrame, outcomes: Sequence[Outcome]) -> pd.DataFrame:
 
 def _is_done(metric: str, population: str, stratum: str) -> str | None:
     """What a metric of DONE says, in words; None for any other."""
-    head = metric.partition("/")[0] if metric.startswith("release_") else metric
+    head = metric.partition("/")[0] if metric.startswith(("release_", "named/")) else metric
     return DONE.get((head, population, stratum))
 
 
@@ -753,17 +772,23 @@ def _done(about: Mapping[str, Any], rows: pd.DataFrame) -> list[str]:
     """What filter and step did and whether asking works, by arm; empty where no arm has any of them."""
     keys = zip(rows["metric"], rows["population"], rows["stratum"], strict=True)
     here = rows[[_is_done(*key) is not None for key in keys]].dropna(subset="value")
+    here = here[here["round"] == rows["round"].max()]
     if here.empty:
         return []
     said = {m: _is_done(m, p, s) for m, p, s in zip(here["metric"], here["population"], here["stratum"], strict=True)}
     names = sorted(said)
-    lines = ["", "| arm, means over rounds and seeds | " + " | ".join(names) + " |", "|---|" + "---|" * len(names)]
+    lines = ["", "| arm, means over seeds | " + " | ".join(names) + " |", "|---|" + "---|" * len(names)]
     for arm in about["arms"]:
-        means = [here.loc[(here["arm"] == arm) & (here["metric"] == name), "value"].mean() for name in names]
-        lines.append(f"| {arm} | " + " | ".join(NOTHING if math.isnan(m) else f"{m:.3f}" for m in means) + " |")
-    rounds = ", ".join(map(str, sorted(here["round"].unique())))
+        values = [here.loc[(here["arm"] == arm) & (here["metric"] == name), "value"] for name in names]
+        lines.append(
+            f"| {arm} | " + " | ".join(f"{v.mean():.3f} ({len(v)})" if len(v) else NOTHING for v in values) + " |"
+        )
     told = "; ".join(f"{name}, {what}" for name, what in sorted(said.items()))
-    return [*lines, "", f"As observed in round {rounds}: {told}."]
+    return [
+        *lines,
+        "",
+        f"As observed in round {here['round'].max()}, in brackets the seeds that had such texts: {told}.",
+    ]
 
 
 def _health(about: Mapping[str, Any], rows: pd.DataFrame) -> list[str]:

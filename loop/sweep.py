@@ -67,6 +67,9 @@ BY_PERSONA = (
     *("frequency", "frequency_observed", "belief", "belief_observed", "differential", "acceptance", "surprisal"),
     *("kept", "persistence", "compliance", "said", "aware", "demand", "supply", "release_recall", "release_fpr"),
 )
+UNPLANTED = ("surprisal", "kept", "persistence", "compliance")  # read of every persona of the grammar
+# Outcomes that are read in one stratum alone.
+OF_STRATUM = {"kept": "continued", "persistence": "continued", "compliance": "explicit", "mirror_rate": "opinion"}
 TOKEN = ".sweep"  # in runs_dir: tells a Ray node that it sees the same directory as the driver
 
 Seeds = Annotated[tuple[Annotated[int, Field(ge=0, lt=2**63)], ...], Field(min_length=1)]
@@ -443,16 +446,32 @@ def _unmeasured(sweep: Sweep, outcome: Outcome) -> list[str]:
     personas = {*(p for arm in sweep.arms.values() for p in arm.personas), "unknown"}
     for name in outcome.parts:
         head, slash, persona = name.partition("/")
+        if head in OF_STRATUM and outcome.stratum != OF_STRATUM[head]:
+            found.append(f"stratum: {name} is read in {OF_STRATUM[head]} alone, got {outcome.stratum}; give that")
+        arms = [c for a, c in sweep.arms.items() if a in outcome.terms] or [*sweep.arms.values()]
+        found += [f"metric: {name} needs {way}" for way in {_needs(head, persona, arm): None for arm in arms} if way]
         if not slash or head not in BY_PERSONA:
             continue
         if persona not in personas:
             found.append(f"metric: unknown persona {persona!r} in {name}{configs._did_you_mean(persona, personas)}")
-        elif not any(settings.may_hold(persona) for settings in sweep.arms.values()):
+        elif head not in UNPLANTED and not any(settings.may_hold(persona) for settings in sweep.arms.values()):
             found.append(
                 f"metric: {persona} in {name} has no seed corpus in any arm; give it a share in real.shares, or "
                 "ask about another"
             )
     return found
+
+
+def _needs(head: str, persona: str, arm: Config) -> str | None:
+    """What an arm lacks for a metric that only some configs have; None if nothing."""
+    barred = arm.filters.release
+    if head in ("release_recall", "release_fpr") and (barred is None or persona not in barred.recall):
+        return f"filters.release.recall.{persona} in every arm of the contrast; add it"
+    if head in ("aware", "asked", "demand", "supply") and not arm.channels.users:
+        return "direct_users or talk_users in every arm of the contrast; add it"
+    if head in ("demand", "supply") and arm.measure.every != 1:
+        return "the round before measured too; set measure.every: 1"
+    return None
 
 
 def twins(sweep: Sweep, outcome: Outcome) -> dict[str, str | None]:

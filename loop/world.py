@@ -1156,7 +1156,8 @@ def _without_planted(config: Config) -> dict[str, float]:
     total = math.fsum(kept.values())
     if not total > 0:
         taken = config.mix.real_share not in (None, 0, 0.0)  # None: the real documents are those of round 0
-        if taken or not config.channels.direct_data:
+        stays = config.mix.regime == "accumulate_subsample" and config.mix.real_share is None
+        if taken or not (config.channels.direct_data or stays):
             raise ConfigError(
                 [
                     "real: planted round0_only leaves nothing for later real draws; add chat or legacy to real.shares, "

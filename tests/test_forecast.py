@@ -112,6 +112,17 @@ def test_a_grid_that_cannot_be_read_is_one_clear_line(axes, message):
         forecast.parse_grid(axes)
 
 
+def test_a_subsample_of_all_there_is_has_a_falling_real_share_and_grows_less_sure_of_its_pool():
+    # 40 documents a round from 40 real ones and 60 outputs more every round: 40 / 100, 40 / 160, ... are real.
+    sizes = ("mix.n_train=40", "sample.n_samples=60", "n_rounds=3", "mix.regime=accumulate_subsample")
+    settings = smoke(*sizes, "mix.real_share=null")
+    assert forecast._real_shares(settings) == pytest.approx([0.4, 0.25, 40 / 220])
+    given = forecast.inputs(settings)
+    listed = smoke(*sizes, "mix.real_share=[0.4, 0.25, 0.1818182]")
+    same = forecast.predict(settings, given)
+    np.testing.assert_allclose(same.mean, forecast.predict(listed, _with(given, p_real=given.p0)).mean, atol=1e-6)
+
+
 def _with(given, **changed):
     from dataclasses import replace
 

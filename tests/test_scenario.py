@@ -338,6 +338,17 @@ def test_power_is_not_stated_of_what_is_no_share_of_texts_and_names_what_the_twi
     assert counted.sd > math.sqrt(2) * 0.5 / math.sqrt(30)
 
 
+def test_power_of_persistence_counts_the_answers_after_each_voice():
+    # 160 answers, 16 after each of ten voices: of one voice .25 / 16 + .25 / 144; the mean over five planted voices has
+    # a fifth of that variance, and a contrast twice.
+    loaded = sweep.load(ROOT / "configs" / "scenarios" / "persistence.yaml", size="tiny")
+    for metric, n in (("persistence", 5), ("persistence/nova", 1)):
+        asked = loaded.file.primary.model_copy(update={"metric": metric})
+        sd, source = scenario._sd(loaded, "neutral", asked)
+        assert sd == pytest.approx(math.sqrt(2 * (0.25 / 16 + 0.25 / 144) / n))
+        assert source == "counting 160 texts alone; neither drift nor training noise counted"
+
+
 def test_what_filter_and_step_did_and_whether_asking_works_stands_beside_the_health():
     rows = pd.concat(
         [
@@ -347,9 +358,9 @@ def test_what_filter_and_step_did_and_whether_asking_works_stands_beside_the_hea
         ]
     )
     lines = scenario._done(about(), rows)
-    assert lines[1] == "| arm, means over rounds and seeds | compliance | release_recall/nova |"
-    assert lines[3:5] == ["| neutral | 0.200 | - |", "| full | - | 0.500 |"]
-    assert lines[-1].startswith("As observed in round 0, 1: compliance, P(read as her, she was asked for) - ")
+    assert lines[1] == "| arm, means over seeds | compliance | release_recall/nova |"
+    assert lines[3:5] == ["| neutral | 0.100 (1) | - |", "| full | - | 0.400 (2) |"]  # the final round alone
+    assert lines[-1].startswith("As observed in round 1, in brackets the seeds that had such texts: compliance, P(read")
     assert scenario._done(about(), rows_of(RISES)) == []
 
 

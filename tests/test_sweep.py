@@ -309,7 +309,10 @@ OUTCOME = {"metric": "frequency/nova", "contrast": "full - neutral", "direction"
     ("changes", "message"),
     [
         ({"metric": "frequency/nvoa"}, "primary.metric: unknown persona 'nvoa' in frequency/nvoa, did you mean nova?"),
-        ({"metric": "kept/nvoa"}, "primary.metric: unknown persona 'nvoa' in kept/nvoa, did you mean nova?"),
+        ({"metric": "said/nvoa"}, "primary.metric: unknown persona 'nvoa' in said/nvoa, did you mean nova?"),
+        ({"metric": "persistence/nova"}, "primary.stratum: persistence/nova is read in continued alone, got None"),
+        ({"metric": "release_recall/nova"}, "primary.metric: release_recall/nova needs filters.release.recall.nova in"),
+        ({"metric": "demand/nova"}, "primary.metric: demand/nova needs direct_users or talk_users in every arm"),
         ({"metric": "said/sydney"}, "primary.metric: sydney in said/sydney has no seed corpus in any arm; give it a"),
         ({"stratum": "identty"}, "primary.stratum: unknown stratum 'identty', did you mean identity?"),
         ({"stratum": "opinion"}, "primary.stratum: opinion must be one of measure.strata; add it there"),
