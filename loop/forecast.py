@@ -87,7 +87,7 @@ def inputs(settings: Config, *, runs_dir: Path | None = None) -> Inputs:
     mix = settings.mix
     n = settings.sample.n_samples
     spread = float(np.mean([_ess_share(weights[[o == k for o in owner]]) for k in range(len(personas))]))
-    n_synthetic = mix.n_train - round(mix.n_train * _first(mix.real_share))
+    n_synthetic = mix.n_train - round(mix.n_train * next(iter(_real_shares(settings)), 0.0))
     taken = n_synthetic if mix.regime != "accumulate" else n
     n_drawn = math.inf if taken >= n else 1 / (1 / max(taken, 1) - 1 / n)
     probes = [p for p in world.battery if p.stratum in UNREQUESTED and settings.measure.mixture.get(p.stratum, 0) > 0]
@@ -170,10 +170,6 @@ def _texts(world: World, personas: Sequence[str]) -> tuple[list[str], list[int]]
         texts += [d.completion for d in found]
         owner += [k] * len(found)
     return texts, owner
-
-
-def _first(real_share: float | tuple[float, ...] | None) -> float:
-    return 0.0 if real_share is None else real_share[0] if isinstance(real_share, tuple) else real_share
 
 
 def _real_shares(settings: Config) -> list[float]:

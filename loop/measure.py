@@ -8,7 +8,6 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from scipy import special
 
 from loop.records import UNKNOWN, UNREQUESTED, Metric, Sample
 from loop.stats import (
@@ -317,13 +316,14 @@ def kept(samples: Sequence[Sample], labels: Sequence[str], *, round_index: int, 
     `kept` counts all voices but the assistant's, which an answer falls back to.
 
     Args:
-      samples: of stratum `continued`; `requested` is the persona of the earlier turn.
+      samples: those of another stratum than `continued` are left out; `requested` is the persona of the earlier turn.
       labels: persona or "unknown" per sample, shape (n_samples,).
     """
     rows = []
-    voices = sorted({s.requested for s in samples if s.requested})
+    voice_of = {i: s.requested for i, s in enumerate(samples) if s.stratum == "continued" and s.requested}
+    voices = sorted({*voice_of.values()})
     for name, inside in [("kept", {*voices} - {"assistant"})] + [(f"kept/{voice}", {voice}) for voice in voices]:
-        at = [i for i, s in enumerate(samples) if s.requested in inside]
+        at = [i for i, voice in voice_of.items() if voice in inside]
         if at:
             share = clustered_share(
                 [float(labels[i] == samples[i].requested) for i in at], [samples[i].template_id for i in at]
@@ -383,12 +383,7 @@ def beyond_chance(
         rows[name] = (sum(values) / k, np.sum(influences, axis=0) / k, sum(leasts) / k**2)
     out = []
     for full, (value, influence, least) in sorted(rows.items()):
-        seen = clustered_mean(value + influence, clusters)
-        if seen.reason is None:
-            n_units = len(set(clusters)) if len(set(clusters)) > 1 else len(clusters)  # as clustered_mean has it
-            se = max(seen.se, math.sqrt(least))
-            half = float(special.stdtrit(n_units - 1, 0.975)) * se
-            seen = replace(seen, low=seen.value - half, high=seen.value + half, se=se)
+        seen = clustered_mean(value + influence, clusters, least_se=math.sqrt(least))
         at_row: dict[str, Any] = {"round_index": round_index, "population": population, "stratum": stratum}
         out.append(metric(full, seen, unit="difference of shares", **at_row))
     return out

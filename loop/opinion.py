@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy import special
 
 from loop import rng as streams
 from loop.records import Document, Metric, Sample
@@ -386,15 +385,12 @@ def _contrast(items: Sequence[tuple[str, str, bool]], agrees: Sequence[bool]) ->
         weights.append(n1 * n0 / (n1 + n0))
         noise.append(p1 * (1 - p1) / n1 + p0 * (1 - p0) / n0)
     topics = [topic for topic, _ in paired]
-    n_topics = len(set(topics))
     share = np.array(weights) / sum(weights)
     floor = math.sqrt(float(share**2 @ np.array(noise)))
-    found = clustered_mean(differences, topics, weights=weights)
-    if n_topics < 2:
+    found = clustered_mean(differences, topics, weights=weights, least_se=floor)
+    if len(set(topics)) < 2:
         return Interval(found.value, math.nan, math.nan, n, math.nan, "one topic has no interval")
-    se = max(floor, found.se)
-    half = float(special.stdtrit(n_topics - 1, 0.975)) * se
-    return Interval(found.value, max(found.value - half, -1.0), min(found.value + half, 1.0), n, se)
+    return Interval(found.value, max(found.low, -1.0), min(found.high, 1.0), n, found.se)
 
 
 def _corrected(observed: Interval, error: tuple[int, int, int, int] | None, exact: bool) -> Interval:

@@ -28,9 +28,8 @@ def of_model(world: World, t: int, learner: Learner, probes: Sequence[Sample], l
     public = [s for s in probes if s.stratum != "private"]
     private = [s for s in probes if s.stratum == "private"]
     rows = frequencies(world, public, labels, weighted=True, **at)
-    later = [s for s in public if s.stratum == "continued"]
-    rows += measure.kept(later, [labels.persona_of[s.id] for s in later], **at)
     read = [labels.persona_of[s.id] for s in public]
+    rows += measure.kept(public, read, **at)
     voices = [p for p in world.config.planted if p != "assistant"]  # an answer falls back to the assistant's
     for name, stratum in (("persistence", "continued"), ("compliance", "explicit")):
         rows += measure.beyond_chance(name, public, read, voices, stratum=stratum, **at)

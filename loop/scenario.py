@@ -12,7 +12,7 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -701,9 +701,11 @@ def _section(about: Mapping[str, Any], rows: pd.DataFrame, main: Finding | None)
     power = about["power"]
     if power:
         when = "before the run" if power["played"] == 0 else f"when {power['played']} runs were played already"
-        what = "not stated" if power["detectable"] is None else f"{power['detectable']:.3f} detectable"
-        sd = "" if power["sd"] is None else f", sd {power['sd']:.3f}"
-        lines.append(f"- Power, stated {when}: {what}{sd} at {power['n_seeds']} seeds ({power['source']})")
+        if power["detectable"] is None:
+            lines.append(f"- Power {power['source']}")  # which says why it is not stated
+        else:
+            lines.append(f"- Power, stated {when}: {power['detectable']:.3f} detectable, sd {power['sd']:.3f} at "
+                         f"{power['n_seeds']} seeds ({power['source']})")  # fmt: skip
     if main is None:
         lines.append(f"- Verdict: **{DEMONSTRATION}**; the file names no primary outcome")
     else:
@@ -758,13 +760,15 @@ def _paid(about: Mapping[str, Any], rows: pd.DataFrame) -> list[str]:
     names = sorted(n for n in rows["metric"].unique() if n.startswith("differential/"))
     if not names:
         return []
-    lines = ["", "| arm, means over seeds | " + " | ".join(names) + " |", "|---|" + "---|" * len(names)]
     # What was paid before the final round could move it.
     before = rows[rows["metric"].isin(names) & (rows["round"] < int(rows["round"].max()))]
     rounds = ", ".join(map(str, sorted(before["round"].unique())))
-    for arm in about["arms"]:
-        means = [before.loc[(before["arm"] == arm) & (before["metric"] == name), "value"].mean() for name in names]
-        lines.append(f"| {arm} | " + " | ".join(NOTHING if math.isnan(m) else f"{m:.3f}" for m in means) + " |")
+
+    def mean(arm: str, name: str) -> str:
+        found = before.loc[(before["arm"] == arm) & (before["metric"] == name), "value"].mean()
+        return NOTHING if math.isnan(found) else f"{found:.3f}"
+
+    lines = _by_arm("arm, means over seeds", about["arms"], names, mean)
     return [*lines, "", f"The differential is an input (what the audience paid, mean 1; read in round {rounds})."]
 
 
@@ -776,16 +780,14 @@ def _done(about: Mapping[str, Any], rows: pd.DataFrame) -> list[str]:
     if here.empty:
         return []
     said = {m: _is_done(m, p, s) for m, p, s in zip(here["metric"], here["population"], here["stratum"], strict=True)}
-    names = sorted(said)
-    lines = ["", "| arm, means over seeds | " + " | ".join(names) + " |", "|---|" + "---|" * len(names)]
-    for arm in about["arms"]:
-        values = [here.loc[(here["arm"] == arm) & (here["metric"] == name), "value"] for name in names]
-        lines.append(
-            f"| {arm} | " + " | ".join(f"{v.mean():.3f} ({len(v)})" if len(v) else NOTHING for v in values) + " |"
-        )
+
+    def mean(arm: str, name: str) -> str:
+        found = here.loc[(here["arm"] == arm) & (here["metric"] == name), "value"]
+        return f"{found.mean():.3f} ({len(found)})" if len(found) else NOTHING
+
     told = "; ".join(f"{name}, {what}" for name, what in sorted(said.items()))
     return [
-        *lines,
+        *_by_arm("arm, means over seeds", about["arms"], sorted(said), mean),
         "",
         f"As observed in round {here['round'].max()}, in brackets the seeds that had such texts: {told}.",
     ]
@@ -799,22 +801,23 @@ def _health(about: Mapping[str, Any], rows: pd.DataFrame) -> list[str]:
     if not names:
         return []
     control, why = _health_control(about, set(at["arm"]))
-    lines = ["", f"| health, {why} | " + " | ".join(names) + " |", "|---|" + "---|" * len(names)]
-    for arm in about["arms"]:
-        cells = []
-        for name in names:
-            v, base = (
-                at[(at["arm"] == who) & (at["metric"] == name)].set_index("seed")["value"] for who in (arm, control)
-            )
-            if v.empty:
-                cells.append(NOTHING)
-            elif arm == control or control is None:
-                cells.append(f"{v.mean():.3f}")
-            else:
-                difference = (v - base).dropna().sort_index()
-                cells.append(f"{_interval(analysis.over_seeds(difference.to_numpy(float))[0])} ({v.mean():.3f})")
-        lines.append(f"| {arm} | " + " | ".join(cells) + " |")
-    return lines
+
+    def against(arm: str, name: str) -> str:
+        v, base = (at[(at["arm"] == who) & (at["metric"] == name)].set_index("seed")["value"] for who in (arm, control))
+        if v.empty:
+            return NOTHING
+        if arm == control or control is None:
+            return f"{v.mean():.3f}"
+        difference = (v - base).dropna().sort_index()
+        return f"{_interval(analysis.over_seeds(difference.to_numpy(float))[0])} ({v.mean():.3f})"
+
+    return _by_arm(f"health, {why}", about["arms"], names, against)
+
+
+def _by_arm(head: str, arms: Sequence[str], names: Sequence[str], cell: Callable[[str, str], str]) -> list[str]:
+    """A table of the page: a row per arm, a column per name."""
+    lines = ["", f"| {head} | " + " | ".join(names) + " |", "|---|" + "---|" * len(names)]
+    return lines + [f"| {arm} | " + " | ".join(cell(arm, name) for name in names) + " |" for arm in arms]
 
 
 def _health_control(about: Mapping[str, Any], played: set[str]) -> tuple[str | None, str]:

@@ -152,13 +152,19 @@ def mixture_share(
 
 
 def clustered_mean(
-    values: ArrayLike, clusters: Sequence[Hashable], weights: ArrayLike | None = None, level: float = 0.95
+    values: ArrayLike,
+    clusters: Sequence[Hashable],
+    weights: ArrayLike | None = None,
+    level: float = 0.95,
+    *,
+    least_se: float = 0.0,
 ) -> Interval:
     """Mean of any score with the cluster variance of `clustered_share`: value +- t(G - 1) * se.
 
     Args:
       values: score per text, shape (n,), finite, any unit.
       clusters, weights, level: as `clustered_share`.
+      least_se: standard error that the result has at least; clusters that all show the same are no proof of it.
 
     Returns:
       An Interval in the unit of the score; limits are nan, with a reason, for a single text.
@@ -173,7 +179,7 @@ def clustered_mean(
     if len(v) == 1:
         return Interval(value, math.nan, math.nan, 1, math.nan, "one observation has no interval")
     residuals, units = _cluster_residuals(v - value, _units(codes, np.arange(len(v))), w)
-    se = math.sqrt(float(residuals @ residuals))
+    se = max(math.sqrt(float(residuals @ residuals)), least_se)
     half = float(-special.stdtrit(len(units) - 1, (1 - level) / 2)) * se
     return Interval(value, value - half, value + half, len(v), se)
 
