@@ -24,6 +24,7 @@ from contextlib import contextmanager
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from bench import ROOT, machine, new_file, private_cache  # beside this file; it also puts the repository on the path
 
@@ -49,22 +50,39 @@ def resident() -> int:
 def rounds(config: Path, overrides: Sequence[str]) -> list[dict[str, float]]:
     """Plays a run; returns per round its processor seconds, commit to commit, and resident bytes at its commit.
 
-    Beside them `stage/NAME`, seconds on the clock of each stage, to see which of them a change is of.
+    Beside them, to see what a change of them is of: `read`, characters of the texts that the instruments' encoder had
+    not read before, and `read_seconds` that it took, which no loop can save; `rest_seconds`, all others; `stage/NAME`,
+    seconds on the clock of each stage.
     """
-    from loop import run
+    from loop import classify, run
     from loop.config import load
     from loop.store import RunStore
 
     rows: list[dict[str, float]] = []
-    with tempfile.TemporaryDirectory(prefix="persona-loop-growth-") as folder:
+    read = {"read": 0.0, "read_seconds": 0.0}
+    encode = classify._forward
+
+    def watched(texts: list[str], device: str) -> Any:
+        started = time.process_time()
+        found = encode(texts, device)
+        read["read"] += sum(map(len, texts))
+        read["read_seconds"] += time.process_time() - started
+        return found
+
+    with (
+        tempfile.TemporaryDirectory(prefix="persona-loop-growth-") as folder,
+        mock.patch.object(classify, "_forward", watched),
+    ):
         last = time.process_time()
 
         @contextmanager
         def watch(run_dir: Path, warn: Callable[[str], None]) -> Iterator[Callable[[int], None]]:
             def committed(t: int) -> None:
                 nonlocal last
-                now = time.process_time()
-                rows.append({"round": t, "seconds": now - last, "bytes": resident()})
+                seconds = time.process_time() - last
+                rows.append({"round": t, "seconds": seconds, "bytes": resident(), **read})
+                rows[-1]["rest_seconds"] = seconds - read["read_seconds"]
+                read.update(dict.fromkeys(read, 0.0))
                 stages = [
                     e for e in RunStore(run_dir).events() if e["event"] == "stage" and e["part"] == f"round_{t:03d}"
                 ]
@@ -166,7 +184,7 @@ def main() -> None:
         pool.submit(rounds, TINY, [*SMALL, "n_rounds=1"]).result()
     found = {
         "machine": machine("cpu"),
-        "toy_rounds": several(2 if quick else 5, TOY, [f"n_rounds={10 if quick else 200}"]),
+        "toy_rounds": several(2 if quick else 15, TOY, [f"n_rounds={10 if quick else 200}"]),
         "tiny_rounds": several(1, TINY, [*SMALL, "sample.n_samples=32", f"n_rounds={10 if quick else 60}"]),
         "toy_documents": alone(documents, TOY, [], (100, 200) if quick else (250, 500, 1000, 2000, 4000), 5),
         "tiny_documents": alone(documents, TINY, SMALL, (8, 16) if quick else (16, 32, 64, 128, 256), 4),

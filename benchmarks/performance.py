@@ -265,6 +265,13 @@ def profiles(found: dict[str, Any]) -> list[str]:
     return out
 
 
+_READING = [  # the encoder reads each new text once: how many there are, and how long, is the run's matter
+    ("rest_seconds", "seconds a round, all but reading new texts", 1),
+    ("pace", "reading, seconds per 10,000 characters", 1e-4),
+    ("read", "thousands of characters read", 1e3),
+]
+
+
 def growth(found: dict[str, Any]) -> list[str]:
     """Tables of growth with documents, tokens and rounds."""
     m = found["machine"]
@@ -299,12 +306,19 @@ def growth(found: dict[str, Any]) -> list[str]:
         made = found[f"{name}_rounds"]
         rows, n_runs = made["rounds"][: None if first is None else first + 1], made["n_runs"]
         of_runs = ("" if first is None else "the first ") + f"{len(rows) - 1} rounds"
-        for of, what, unit in (("seconds", "seconds a round", 1), ("bytes", "resident MiB", MIB))[first is not None :]:
+        shown = [("bytes", "resident MiB", MIB)]
+        if first is None:
+            if all(row.get("read") for row in rows[1:]):
+                rows = [row | {"pace": row["read_seconds"] / row["read"]} for row in rows]
+                shown = [*_READING, *shown]
+            shown = [("seconds", "seconds a round", 1), *shown]
+        for of, what, unit in shown:
             change = drift(rows, of)
             what += f", by round the {made[of]} of {n_runs} runs" if n_runs > 1 else ""
             median = statistics.median(row[of] / unit for row in rows[1:])
-            shown = f"{change[0]:+.1%} [{change[1]:+.1%}, {change[2]:+.1%}]"
-            out.append(f"| {name}, {of_runs}, {what} | {median:.3f} | {shown} | {steadiness(change)} |")
+            found_out = f"{change[0]:+.1%} [{change[1]:+.1%}, {change[2]:+.1%}]"
+            word = "what the model says" if of == "read" else steadiness(change)
+            out.append(f"| {name}, {of_runs}, {what} | {median:.3f} | {found_out} | {word} |")
     out += [
         "",
         "Change: a straight line through the rounds after the first quarter, over the length of the run, as a share of "

@@ -212,6 +212,23 @@ def test_the_exponent_of_a_power_law_is_its_power(power):
     assert performance.exponent(rows, "tokens") == pytest.approx(power, abs=1e-9)
 
 
+def test_growth_of_what_is_read_is_told_apart_from_growth_of_the_loop(tmp_path):
+    written(tmp_path, ours_train=4)
+    found = json.loads((tmp_path / "growth.json").read_text())
+    # From 1,000 characters a round to 3,000, 1 ms each, and a second of all else: 2 s more at
+    # the end, of a median of 3.25 over rounds 50..200.
+    read = [{"round": t, "bytes": 1.0, "read": 1000 + 10 * t, "read_seconds": 1 + t / 100} for t in range(201)]
+    found["tiny_rounds"]["rounds"] = [r | {"seconds": 1 + r["read_seconds"], "rest_seconds": 1.0} for r in read]
+    lines = {line.split("|")[1].strip(): line for line in performance.growth(found) if line.startswith("| t")}
+    assert lines["tiny, 200 rounds, seconds a round"].endswith("| 3.005 | +61.5% [+61.5%, +61.5%] | **grows** |")
+    assert lines["tiny, 200 rounds, seconds a round, all but reading new texts"].endswith("| flat |")
+    pace = lines["tiny, 200 rounds, reading, seconds per 10,000 characters"]
+    assert "| 10.000 | " in pace
+    assert pace.endswith("| flat |")
+    assert lines["tiny, 200 rounds, thousands of characters read"].endswith("| what the model says |")
+    assert not any("read" in name for name in lines if name.startswith("toy"))  # of which nothing is on the files
+
+
 def test_a_run_is_called_flat_only_where_its_interval_shows_it():
     rng = np.random.default_rng(0)
 
