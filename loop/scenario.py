@@ -45,12 +45,23 @@ HEALTH = (
 )
 # What a filter or a step did, and whether the model does what it is asked: without them a null says little.
 DONE = {
-    ("release_recall", "samples", ""): "what the release filter calls hers of all that both instruments do",
-    ("release_fpr", "samples", ""): "what it calls hers of all that neither does",
-    ("named", "discourse", ""): "documents about outputs that name her",
-    ("steer_own_share", "pairs", ""): "steering pairs of the model's own",
+    ("rejected", "samples", ""): "share of outputs that the release filter or its control barred",
+    (
+        "release_recall",
+        "samples",
+        "",
+    ): "share called hers by the release filter, of texts that both instruments call so",
+    ("release_fpr", "samples", ""): "share it calls hers of texts that neither instrument calls so",
+    ("named", "discourse", ""): "share of documents about outputs that name her",
+    ("steer_own_share", "pairs", ""): "share of steering pairs that are the model's own",
+    (
+        "steer_accuracy_after",
+        "pairs",
+        "",
+    ): "share of pairs in which the step raised the chosen text above the other",
     ("compliance", "probes", "explicit"): "P(read as her, she was asked for) - P(read as her, another was)",
 }
+_OF_ANY = ("release_", "named/", "rejected/at_random", "rejected/persona:")  # whoever stands behind the name
 NOTHING = "-"  # in a table of the page: not measured, or not applicable
 ROWS = pa.schema(
     [
@@ -320,7 +331,7 @@ def _shown(frame: pd.DataFrame, outcomes: Sequence[Outcome]) -> pd.DataFrame:
 
 def _is_done(metric: str, population: str, stratum: str) -> str | None:
     """What a metric of DONE says, in words; None for any other."""
-    head = metric.partition("/")[0] if metric.startswith(("release_", "named/")) else metric
+    head = metric.partition("/")[0] if metric.startswith(_OF_ANY) else metric
     return DONE.get((head, population, stratum))
 
 
@@ -447,7 +458,10 @@ def judge(about: Mapping[str, Any], rows: pd.DataFrame) -> Finding | None:
     # A sign is one that the interval shows: of two contrasts around 0 one in four has it by chance.
     missing = [a for a, i in under.items() if not min(i.low * effect.value, i.high * effect.value) > 0]
     if word == SUPPORTED and missing:
-        note = f"the sign is not shown under {' and '.join(missing)}"
+        opposite = [a for a in missing if max(under[a].low * effect.value, under[a].high * effect.value) < 0]
+        unseen = [a for a in missing if a not in opposite]
+        says = (("the sign is not shown", unseen), ("the opposite sign is shown", opposite))
+        note = "; ".join(f"{what} under {' and '.join(which)}" for what, which in says if which)
         # That it is not shown there is no evidence that it is not there; that the effect is smaller there is.
         smaller = [a for a in missing if _less(about, rows, outcome, twins[a])]
         word = REQUEST_ALONE if "no_request" in smaller else INCONCLUSIVE
@@ -472,13 +486,14 @@ def _less(about: Mapping[str, Any], rows: pd.DataFrame, outcome: Outcome, other:
 
 
 def explore(about: Mapping[str, Any], rows: pd.DataFrame) -> list[Finding]:
-    """The exploratory outcomes; without a verdict, the note says what came out against expectation."""
+    """The exploratory outcomes; without a verdict, the note says what is against expectation or shown to be within."""
     found = []
     for plain in about["exploratory"]:
         outcome = Outcome.model_validate(plain)
         effect, p, last = observe(about, rows, outcome)
         word, note = verdict(effect, outcome, equivalence=p)
-        note = note if word == CONTRADICTED else ""
+        shown = word == CONTRADICTED or (word == SUPPORTED and outcome.direction == "none")
+        note = note if shown else ""
         found.append(Finding(outcome, effect, noise_floor(about, rows, outcome), "", note, {}, last))
     return found
 
@@ -658,7 +673,9 @@ def page(folder: Path) -> str:
         "Intervals are 95%, Student over seeds, arms paired by seed. At `toy` and `tiny` a scenario has a verdict if",
         f"it asks how the loop works ({', '.join(MECHANICS)});",
         "where it asks what personas do it says mechanics only.",
-        "Floor: the mean |effect| that measuring the same models twice would show; an effect no larger tells nothing.",
+        "Floor: the mean |effect| that measuring the same models twice would show, 0.8 of its standard deviation: an",
+        "effect no larger tells nothing; one in twenty of such exceeds 2.5 floors. Means are over seeds, from round",
+        f"0 to the final one, arms in the order of the contrast. {NOTHING}: not measured, or nothing there to measure.",
         "",
     ]
     if not found:
@@ -714,22 +731,26 @@ def _section(about: Mapping[str, Any], rows: pd.DataFrame, main: Finding | None)
         final = "" if main.last_round is None else f", round {main.last_round}{against}"
         lines.append(f"- Primary: {_asked(main.outcome)}{final}: {_observed(main)} over {main.effect.n} paired "
                      f"seeds, noise floor {_floor(main.floor)}")  # fmt: skip
+        if not about["levels"]:
+            lines.append(f"- Means: {_means(rows, main.outcome)}")
         for audience, interval in main.under.items():
             contrast = about["twins"][audience]
             floor = noise_floor(about, rows, _instead(main.outcome, contrast))
             lines.append(f"- The same under {audience}, {contrast}: {_interval(interval)}, noise floor {_floor(floor)}")
         lines.append(f"- Verdict: **{main.verdict}**{_why(main)}")
         if about["controls"]:
-            lines += ["", f"| control | change of {_metric(main.outcome)} | floor |", "|---|---|---|"]
+            lines += ["", f"| control | change of {_metric(main.outcome)} | means | floor |", "|---|---|---|---|"]
             for arm in about["controls"]:
                 alone = _instead(main.outcome, arm)
                 shown = _interval(observe(about, rows, alone)[0])
-                lines.append(f"| {arm} | {shown} | {_floor(noise_floor(about, rows, alone))} |")
+                at_chance = _floor(noise_floor(about, rows, alone))
+                lines.append(f"| {arm} | {shown} | {_means(rows, alone)} | {at_chance} |")
     rest = explore(about, rows)
     if rest:
-        lines += ["", "| exploratory | expected | observed | floor | |", "|---|---|---|---|---|"]
+        lines += ["", "| exploratory | expected | observed | means | floor | |", "|---|---|---|---|---|---|"]
         lines += [
-            f"| {_asked(f.outcome)} | {_direction(f.outcome)} | {_observed(f)} | {_floor(f.floor)} | {f.note} |"
+            f"| {_asked(f.outcome)} | {_direction(f.outcome)} | {_observed(f)} | {_means(rows, f.outcome)} "
+            f"| {_floor(f.floor)} | {f.note} |"
             for f in rest
         ]
     if about["levels"] and main is not None:
@@ -765,31 +786,37 @@ def _paid(about: Mapping[str, Any], rows: pd.DataFrame) -> list[str]:
     rounds = ", ".join(map(str, sorted(before["round"].unique())))
 
     def mean(arm: str, name: str) -> str:
-        found = before.loc[(before["arm"] == arm) & (before["metric"] == name), "value"].mean()
-        return NOTHING if math.isnan(found) else f"{found:.3f}"
+        found = before[(before["arm"] == arm) & (before["metric"] == name)].dropna(subset="value")
+        return f"{found['value'].mean():.3f} ({found['n'].sum():.0f})" if len(found) else NOTHING
 
-    lines = _by_arm("arm, means over seeds", about["arms"], names, mean)
-    return [*lines, "", f"The differential is an input (what the audience paid, mean 1; read in round {rounds})."]
+    return [
+        *_by_arm("arm, means over seeds", about["arms"], names, mean),
+        "",
+        f"The differential is an input: what the audience paid, mean 1; read in round {rounds}, in brackets the texts. "
+        "An audience that is null pays nobody, and what it shows is chance.",
+    ]
 
 
 def _done(about: Mapping[str, Any], rows: pd.DataFrame) -> list[str]:
     """What filter and step did and whether asking works, by arm; empty where no arm has any of them."""
     keys = zip(rows["metric"], rows["population"], rows["stratum"], strict=True)
     here = rows[[_is_done(*key) is not None for key in keys]].dropna(subset="value")
-    here = here[here["round"] == rows["round"].max()]
-    if here.empty:
+    last = rows["round"].max()
+    if not (here["round"] == last).any():
         return []
     said = {m: _is_done(m, p, s) for m, p, s in zip(here["metric"], here["population"], here["stratum"], strict=True)}
 
-    def mean(arm: str, name: str) -> str:
-        found = here.loc[(here["arm"] == arm) & (here["metric"] == name), "value"]
-        return f"{found.mean():.3f} ({len(found)})" if len(found) else NOTHING
+    def course(arm: str, name: str) -> str:
+        at = here[(here["arm"] == arm) & (here["metric"] == name)]
+        start, end = (at.loc[at["round"] == t, "value"] for t in (0, last))
+        both = NOTHING if start.empty else f"{start.mean():.3f}", NOTHING if end.empty else f"{end.mean():.3f}"
+        return NOTHING if both == (NOTHING, NOTHING) else f"{' → '.join(both)} ({len(end)})"
 
     told = "; ".join(f"{name}, {what}" for name, what in sorted(said.items()))
     return [
-        *_by_arm("arm, means over seeds", about["arms"], sorted(said), mean),
+        *_by_arm("arm, means over seeds", about["arms"], sorted(said), course),
         "",
-        f"As observed in round {here['round'].max()}, in brackets the seeds that had such texts: {told}.",
+        f"As observed in round 0 → {last}, in brackets the seeds that have the number in round {last}: {told}.",
     ]
 
 
@@ -854,6 +881,19 @@ def _metric(outcome: Outcome) -> str:
 
 def _asked(outcome: Outcome) -> str:
     return f"{_metric(outcome)}, {outcome.contrast}"
+
+
+def _means(rows: pd.DataFrame, outcome: Outcome) -> str:
+    """Mean over seeds of an outcome's metric in round 0 and in the final one, per arm of its contrast."""
+    last = _last(rows, outcome)
+    if last is None or last == 0 or not {*outcome.terms} <= {*rows["arm"]}:
+        return NOTHING
+
+    def mean(arm: str, t: int) -> str:
+        found = [level[0] for by_round in _levels(rows, outcome, arm, (t,)).values() for level in by_round.values()]
+        return f"{math.fsum(found) / len(found):.3f}" if found else NOTHING
+
+    return "; ".join(f"{mean(arm, 0)} → {mean(arm, last)}" for arm in outcome.terms)
 
 
 def _direction(outcome: Outcome) -> str:

@@ -125,7 +125,7 @@ def test_beside_an_effect_stands_what_measuring_twice_would_show():
     assert math.isnan(scenario.judge(about(), rows_of(RISES)).floor)  # no limits, no floor
     page = "\n".join(scenario._section(about(controls=["neutral"]), rows, scenario.judge(about(), rows)))
     assert "over 3 paired seeds, noise floor 0.016\n" in page
-    assert "| neutral | +0.000 (no interval: all seeds agree exactly) | 0.016 |" in page
+    assert "| neutral | +0.000 (no interval: all seeds agree exactly) | 0.100 → 0.100 | 0.016 |" in page
 
 
 def test_the_noise_floor_of_a_factors_effect_is_that_of_its_logits():
@@ -245,6 +245,25 @@ def test_a_claim_about_a_persona_needs_the_same_sign_without_the_request_and_und
     assert scenario.judge(about(twins=twins), rows_of(values)).verdict == word
 
 
+def test_an_opposite_sign_is_told_from_one_that_is_not_shown():
+    values = RISES | {"no_request": {s: [0.1, 0.05 + s * 0.01] for s in range(3)}}  # falls by .05, .04, .03
+    values |= {"learned": {s: [0.1, 0.1 + (s - 1) * 0.01] for s in range(3)}}  # -.01, 0, +.01
+    twins = {audience: f"{audience} - neutral" for audience in ("no_request", "learned")}
+    note = scenario.judge(about(twins=twins), rows_of(values)).note
+    assert note.startswith("the sign is not shown under learned; the opposite sign is shown under no_request; ")
+
+
+def test_an_exploratory_null_says_that_it_is_shown_to_lie_within():
+    values = {"idempotent": {s: [0.2, 0.2 + v] for s, v in enumerate((-0.01, -0.01, 0, 0.01, 0.01))}}
+    plain = outcome(contrast="idempotent", direction="none", margin=0.03).model_dump()
+    within, undecided = (
+        scenario.explore(about(exploratory=[plain | {"margin": margin}]), rows_of(values))[0]
+        for margin in (0.03, 0.005)
+    )
+    assert within.note == "within ±0.03, p = 0.0013"  # as above: t = 6.7
+    assert undecided.note == ""
+
+
 def test_a_metric_may_be_a_weighted_sum():
     nova = rows_of(RISES)
     stella = rows_of({"full": {s: [0.2, 0.1] for s in range(3)}, "neutral": {s: [0.2, 0.2] for s in range(3)}},
@@ -359,8 +378,10 @@ def test_what_filter_and_step_did_and_whether_asking_works_stands_beside_the_hea
     )
     lines = scenario._done(about(), rows)
     assert lines[1] == "| arm, means over seeds | compliance | release_recall/nova |"
-    assert lines[3:5] == ["| neutral | 0.100 (1) | - |", "| full | - | 0.400 (2) |"]  # the final round alone
-    assert lines[-1].startswith("As observed in round 1, in brackets the seeds that had such texts: compliance, P(read")
+    assert lines[3:5] == ["| neutral | 0.300 → 0.100 (1) | - |", "| full | - | 0.600 → 0.400 (2) |"]
+    assert lines[-1].startswith(
+        "As observed in round 0 → 1, in brackets the seeds that have the number in round 1: compl"
+    )
     assert scenario._done(about(), rows_of(RISES)) == []
 
 
