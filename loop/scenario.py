@@ -512,23 +512,25 @@ def _by_seed(about: Mapping[str, Any], rows: pd.DataFrame, outcome: Outcome) -> 
     if outcome.contrast in _factors(about):
         found = {e.name: e for e in factorial(about, rows, outcome)}
         return dict(enumerate(found[outcome.contrast].by_seed))
-    arms = [(sign, by_arm(rows, outcome, arm)) for arm, sign in outcome.terms.items()]
-    seeds = sorted(set.intersection(*(set(by_seed) for _, by_seed in arms)))
-    return {s: math.fsum(sign * by_seed[s] for sign, by_seed in arms) for s in seeds}
+    last, sides, seeds = _paired(rows, outcome)
+
+    def of(side: dict[int, Levels], s: int) -> float:
+        return side[s][last][0] - (side[s][0][0] if outcome.of == "change" else 0.0)
+
+    return {s: math.fsum(k * of(side, s) for k, side in zip(outcome.terms.values(), sides, strict=True)) for s in seeds}
 
 
-def by_arm(rows: pd.DataFrame, outcome: Outcome, arm: str) -> dict[int, float]:
-    """Seed -> an outcome's metric in an arm: its change to the final round, or its level there; see Outcome.of."""
-    last = _last(rows, outcome)
-    if last is None or last == 0:
-        return {}
-    rounds = _rounds_of(outcome, last)
-    at = _levels(rows, outcome, arm, rounds)
-    return {s: v[last][0] - (v[0][0] if 0 in rounds else 0.0) for s, v in at.items() if len(v) == len(rounds)}
+def _paired(rows: pd.DataFrame, outcome: Outcome) -> tuple[int, list[dict[int, Levels]], list[int]]:
+    """The final round; levels of it and of round 0 by seed, per arm of a contrast; the seeds that have all it takes.
 
-
-def _rounds_of(outcome: Outcome, last: int) -> tuple[int, ...]:
-    return (0, last) if outcome.of == "change" else (last,)
+    Nothing is measured after round 0: 0, no levels and no seeds.
+    """
+    last = _last(rows, outcome) or 0
+    if last == 0:
+        return 0, [], []
+    sides = [_levels(rows, outcome, arm, (0, last)) for arm in outcome.terms]
+    takes = {0, last} if outcome.of == "change" else {last}
+    return last, sides, [s for s in sorted(sides[0]) if all(takes <= {*side.get(s, ())} for side in sides)]
 
 
 def noise_floor(about: Mapping[str, Any], rows: pd.DataFrame, outcome: Outcome) -> float:
@@ -550,14 +552,10 @@ def noise_floor(about: Mapping[str, Any], rows: pd.DataFrame, outcome: Outcome) 
         variances = [4 * math.fsum(v) / len(v) ** 2 for v in each]
     else:
         signs = list(outcome.terms.values())
-        rounds = _rounds_of(outcome, last)
-        sides = [_levels(rows, outcome, arm, rounds) for arm in outcome.terms]
-        seeds = [s for s in sorted(sides[0]) if all(len(side.get(s, ())) == len(rounds) for side in sides)]
+        _, sides, seeds = _paired(rows, outcome)
         variances = []
         for s in seeds:
-            starts: dict[
-                tuple[float, float], int
-            ] = {}  # (level, variance): how often it counts; arms share an equal one
+            starts: dict[tuple[float, float], int] = {}  # how often a (level, variance) counts: arms share an equal one
             for sign, side in zip(signs, sides, strict=True) if outcome.of == "change" else ():
                 starts[side[s][0]] = starts.get(side[s][0], 0) - sign
             ends = math.fsum(side[s][last][1] for side in sides)
@@ -577,9 +575,10 @@ def _last(rows: pd.DataFrame, outcome: Outcome) -> int | None:
     return int(at["round"].max()) if len(at) else None
 
 
-def _levels(
-    rows: pd.DataFrame, outcome: Outcome, arm: str, rounds: Sequence[int]
-) -> dict[int, dict[int, tuple[float, float]]]:
+Levels = dict[int, tuple[float, float]]  # round -> level, variance of measurement
+
+
+def _levels(rows: pd.DataFrame, outcome: Outcome, arm: str, rounds: Sequence[int]) -> dict[int, Levels]:
     """Seed -> round -> weighted sum of the metrics, where all of them are measured, and its variance of measurement."""
     at = rows[
         (rows["arm"] == arm)
@@ -591,7 +590,7 @@ def _levels(
     w = np.array(list(outcome.parts.values()))
     # Shares of personas are of the same texts; other sums are not known to be.
     together = all(name.startswith("frequency") for name in outcome.parts)
-    found: dict[int, dict[int, tuple[float, float]]] = {}
+    found: dict[int, Levels] = {}
     for (seed, t), group in at.groupby(["seed", "round"]):
         one = group.set_index("metric").reindex(list(outcome.parts))
         p, se = one["value"].to_numpy(float), analysis.standard_error(one["low"], one["high"]).to_numpy(float)
@@ -674,8 +673,9 @@ def page(folder: Path) -> str:
         f"it asks how the loop works ({', '.join(MECHANICS)});",
         "where it asks what personas do it says mechanics only.",
         "Floor: the mean |effect| that measuring the same models twice would show, 0.8 of its standard deviation: an",
-        "effect no larger tells nothing; one in twenty of such exceeds 2.5 floors. Means are over seeds, from round",
-        f"0 to the final one, arms in the order of the contrast. {NOTHING}: not measured, or nothing there to measure.",
+        "effect no larger tells nothing; one in twenty of such exceeds 2.5 floors. Means are over the seeds an effect",
+        "is of, from round 0 to the final one, arms in the order of the contrast.",
+        f"{NOTHING}: not measured, or nothing there to measure.",
         "",
     ]
     if not found:
@@ -884,16 +884,14 @@ def _asked(outcome: Outcome) -> str:
 
 
 def _means(rows: pd.DataFrame, outcome: Outcome) -> str:
-    """Mean over seeds of an outcome's metric in round 0 and in the final one, per arm of its contrast."""
-    last = _last(rows, outcome)
-    if last is None or last == 0 or not {*outcome.terms} <= {*rows["arm"]}:
-        return NOTHING
+    """Mean of an outcome's metric in round 0 and in the final one, per arm of its contrast, over the seeds it is of."""
+    last, sides, seeds = _paired(rows, outcome)
 
-    def mean(arm: str, t: int) -> str:
-        found = [level[0] for by_round in _levels(rows, outcome, arm, (t,)).values() for level in by_round.values()]
+    def mean(side: dict[int, Levels], t: int) -> str:
+        found = [side[s][t][0] for s in seeds if t in side[s]]
         return f"{math.fsum(found) / len(found):.3f}" if found else NOTHING
 
-    return "; ".join(f"{mean(arm, 0)} → {mean(arm, last)}" for arm in outcome.terms)
+    return "; ".join(f"{mean(side, 0)} → {mean(side, last)}" for side in sides) if seeds else NOTHING
 
 
 def _direction(outcome: Outcome) -> str:

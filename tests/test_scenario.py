@@ -76,6 +76,9 @@ def test_a_difference_of_differences_is_taken_by_seed_and_counts_four_measuremen
     # A seed that lacks one of the four is left out.
     found = scenario.judge(about(primary=asked.model_dump()), rows[rows["run"] != "unpaid-s2"])
     assert (found.effect.n, found.effect.value) == (2, pytest.approx(0.175))
+    # So the means that stand beside it are of the two others: of full (.3 + .4) / 2, not (.3 + .4 + .5) / 3.
+    page = scenario._section(about(primary=asked.model_dump()), rows[rows["run"] != "unpaid-s2"], found)
+    assert "- Means: 0.100 → 0.350; 0.100 → 0.100; 0.250 → 0.325; 0.250 → 0.250" in page
 
 
 def test_of_arms_that_were_treated_in_round_0_already_the_final_level_counts():
