@@ -39,6 +39,10 @@ SMALL = [  # the tiny loop with everything in it, in about two seconds a round
     "virality.posts_per_sample=100",
     "filters.require_finished=false",
 ]
+TOKENS = {  # file and column of what each counts
+    "trained": (("mixture", "n_trained_tokens"),),
+    "sampled": (("samples", "n_tokens"), ("probes", "n_tokens")),
+}
 ADAPTER = {"r": 16, "alpha": 32, "dropout": 0.0, "targets": ("q_proj", "v_proj", "up_proj", "down_proj")}
 
 
@@ -52,7 +56,7 @@ def rounds(config: Path, overrides: Sequence[str]) -> list[dict[str, float]]:
 
     Beside them, to see what a change of them is of: `read`, characters of the texts that the instruments' encoder had
     not read before, and `read_seconds` that it took, which no loop can save; `rest_seconds`, all others; `stage/NAME`,
-    seconds on the clock of each stage.
+    seconds on the clock of each stage; `trained` and `sampled`, tokens of the round's documents and of its outputs.
     """
     from loop import classify, run
     from loop.config import load
@@ -60,7 +64,7 @@ def rounds(config: Path, overrides: Sequence[str]) -> list[dict[str, float]]:
 
     rows: list[dict[str, float]] = []
     read = {"read": 0.0, "read_seconds": 0.0}
-    encode = classify._forward
+    encode = classify.encode
 
     def watched(texts: list[str], device: str) -> Any:
         started = time.process_time()
@@ -71,7 +75,7 @@ def rounds(config: Path, overrides: Sequence[str]) -> list[dict[str, float]]:
 
     with (
         tempfile.TemporaryDirectory(prefix="persona-loop-growth-") as folder,
-        mock.patch.object(classify, "_forward", watched),
+        mock.patch.object(classify, "encode", watched),
     ):
         last = time.process_time()
 
@@ -83,11 +87,13 @@ def rounds(config: Path, overrides: Sequence[str]) -> list[dict[str, float]]:
                 rows.append({"round": t, "seconds": seconds, "bytes": resident(), **read})
                 rows[-1]["rest_seconds"] = seconds - read["read_seconds"]
                 read.update(dict.fromkeys(read, 0.0))
-                stages = [
-                    e for e in RunStore(run_dir).events() if e["event"] == "stage" and e["part"] == f"round_{t:03d}"
-                ]
+                store = RunStore(run_dir)
+                stages = [e for e in store.events() if e["event"] == "stage" and e["part"] == f"round_{t:03d}"]
                 rows[-1] |= {f"stage/{e['stage']}": float(e["seconds"]) for e in stages}
-                last = time.process_time()  # reading events is no part of a round
+                for name, counted in TOKENS.items():
+                    of_all = (store.read_table(t, f"{file}.parquet")[column] for file, column in counted)
+                    rows[-1][name] = float(sum(sum(column.to_pylist()) for column in of_all))
+                last = time.process_time()  # reading files is no part of a round
 
             yield committed
 
@@ -100,7 +106,7 @@ def several(n_runs: int, config: Path, overrides: Sequence[str]) -> dict[str, An
 
     Returns:
       n_runs; per round one row made of theirs; and what of theirs it is: of seconds the least, for other work on the
-      machine can only add to them, of bytes the median.
+      machine can only add to them, of bytes the median. Tokens and characters are the same in all.
     """
     played = [alone(rounds, config, overrides) for _ in range(n_runs)]
     made = [
@@ -179,13 +185,14 @@ def main() -> None:
     parser.add_argument("--out", type=new_file, default=ROOT / "docs" / "performance" / "growth.json")
     args = parser.parse_args()
     quick = args.quick
+    n_toy, n_tiny, of_toy, of_tiny = (2, 1, 10, 10) if quick else (15, 3, 200, 60)  # runs, and rounds of each
     os.environ["OMP_NUM_THREADS"] = "1"  # inherited by the processes below
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:  # leaves the bases in the user's cache
         pool.submit(rounds, TINY, [*SMALL, "n_rounds=1"]).result()
     found = {
         "machine": machine("cpu"),
-        "toy_rounds": several(2 if quick else 15, TOY, [f"n_rounds={10 if quick else 200}"]),
-        "tiny_rounds": several(1, TINY, [*SMALL, "sample.n_samples=32", f"n_rounds={10 if quick else 60}"]),
+        "toy_rounds": several(n_toy, TOY, [f"n_rounds={of_toy}"]),
+        "tiny_rounds": several(n_tiny, TINY, [*SMALL, "sample.n_samples=32", f"n_rounds={of_tiny}"]),
         "toy_documents": alone(documents, TOY, [], (100, 200) if quick else (250, 500, 1000, 2000, 4000), 5),
         "tiny_documents": alone(documents, TINY, SMALL, (8, 16) if quick else (16, 32, 64, 128, 256), 4),
     }

@@ -265,11 +265,33 @@ def profiles(found: dict[str, Any]) -> list[str]:
     return out
 
 
-_READING = [  # the encoder reads each new text once: how many there are, and how long, is the run's matter
-    ("rest_seconds", "seconds a round, all but reading new texts", 1),
-    ("pace", "reading, seconds per 10,000 characters", 1e-4),
-    ("read", "thousands of characters read", 1e3),
+_COUNTED = {  # how much there is of each, and how long a piece is, is the model's matter
+    "read": "thousands of characters read",
+    "trained": "thousands of tokens in its documents",
+    "sampled": "thousands of tokens in its outputs",
+}
+_PACES = [  # name -> whose seconds, of how many of what
+    ("reading, seconds per 10,000 characters", ("read_seconds",), "read", 1e-4),
+    ("training, seconds per 1,000 tokens", ("stage/train",), "trained", 1e-3),
+    ("sampling, seconds per 1,000 tokens", ("stage/sample", "stage/probe"), "sampled", 1e-3),
 ]
+
+
+def paces(rows: Sequence[dict[str, float]]) -> list[dict[str, float]]:
+    """Rows of a run with what a unit of its work takes, where the work was counted: `pace/SIZE`, seconds each."""
+    counted = [(of, parts) for _, parts, of, _ in _PACES if all(row.get(of) for row in rows[1:])]
+    later = [row | {f"pace/{of}": sum(row[p] for p in parts) / row[of] for of, parts in counted} for row in rows[1:]]
+    return [*rows[:1], *later]
+
+
+def _work(rows: Sequence[dict[str, float]]) -> list[tuple[str, str, float]]:
+    """Name, words and unit of what a run's rows tell of its work beside the seconds of a round."""
+    told = [
+        ("rest_seconds", "seconds a round, all but reading new texts", 1.0),
+        *((f"pace/{of}", what, unit) for what, _, of, unit in _PACES),
+        *((of, what, 1e3) for of, what in _COUNTED.items()),
+    ]
+    return [line for line in told if all(row.get(line[0]) for row in rows[1:])]
 
 
 def growth(found: dict[str, Any]) -> list[str]:
@@ -308,16 +330,14 @@ def growth(found: dict[str, Any]) -> list[str]:
         of_runs = ("" if first is None else "the first ") + f"{len(rows) - 1} rounds"
         shown = [("bytes", "resident MiB", MIB)]
         if first is None:
-            if all(row.get("read") for row in rows[1:]):
-                rows = [row | {"pace": row["read_seconds"] / row["read"]} for row in rows]
-                shown = [*_READING, *shown]
-            shown = [("seconds", "seconds a round", 1), *shown]
+            rows = paces(rows)
+            shown = [("seconds", "seconds a round", 1), *(_work(rows) if name == "tiny" else ()), *shown]
         for of, what, unit in shown:
             change = drift(rows, of)
             what += f", by round the {made[of]} of {n_runs} runs" if n_runs > 1 else ""
             median = statistics.median(row[of] / unit for row in rows[1:])
             found_out = f"{change[0]:+.1%} [{change[1]:+.1%}, {change[2]:+.1%}]"
-            word = "what the model says" if of == "read" else steadiness(change)
+            word = "what the model says" if of in _COUNTED else steadiness(change)
             out.append(f"| {name}, {of_runs}, {what} | {median:.3f} | {found_out} | {word} |")
     out += [
         "",

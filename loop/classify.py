@@ -130,7 +130,7 @@ def embed(texts: Sequence[str], *, cache: Cache = None, device: str = "cpu") -> 
     wanted = list(missing)
     for i in range(0, len(wanted), 512):  # in parts, so that an interrupted fit keeps most of its embeddings
         part = wanted[i : i + 512]
-        fresh = dict(zip(part, _forward([missing[key] for key in part], device), strict=True))
+        fresh = dict(zip(part, encode([missing[key] for key in part], device), strict=True))
         if cache is not None:
             _cache_put(cache, fresh)
         known |= fresh
@@ -178,8 +178,11 @@ def _encoder(device: str) -> tuple[Any, Any]:
     return net.eval().to(device), tokenizer
 
 
-def _forward(texts: list[str], device: str) -> Floats:
-    """Embeds distinct texts, shape (n_texts, 384). Every pass has as many rows and a multiple of _BUCKET tokens."""
+def encode(texts: list[str], device: str) -> Floats:
+    """Reads distinct texts, none of them from a cache: embeddings, shape (n_texts, 384).
+
+    Every pass has as many rows and a multiple of _BUCKET tokens.
+    """
     import torch
 
     net, tokenizer = _encoder(device)

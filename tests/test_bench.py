@@ -227,6 +227,27 @@ def test_growth_of_what_is_read_is_told_apart_from_growth_of_the_loop(tmp_path):
     assert pace.endswith("| flat |")
     assert lines["tiny, 200 rounds, thousands of characters read"].endswith("| what the model says |")
     assert not any("read" in name for name in lines if name.startswith("toy"))  # of which nothing is on the files
+    assert not any("1,000 tokens" in name for name in lines)  # nor of these
+
+
+def test_a_machine_that_slows_is_told_from_texts_that_grow_longer(tmp_path):
+    written(tmp_path, ours_train=4)
+    found = json.loads((tmp_path / "growth.json").read_text())
+    # Documents of 1,000 tokens in round 0 and of 2,000 in round 200, a millisecond a token in training; outputs of
+    # 500 throughout, of which sampling and probes together take one second at first and two in the end.
+    found["tiny_rounds"]["rounds"] = [
+        {"round": t, "bytes": 1.0, "seconds": 3.0, "trained": 1000 + 5 * t, "sampled": 500}
+        | {"stage/train": 1 + t / 200, "stage/sample": 0.5 + t / 400, "stage/probe": 0.5 + t / 400}
+        for t in range(201)
+    ]
+    lines = {line.split("|")[1].strip(): line for line in performance.growth(found) if line.startswith("| t")}
+    training = lines["tiny, 200 rounds, training, seconds per 1,000 tokens"]
+    assert "| 1.000 | " in training
+    assert training.endswith("| flat |")
+    # From 2 s per 1,000 tokens to 4: 2 more, of a median of 3.25 over rounds 50..200.
+    sampling = lines["tiny, 200 rounds, sampling, seconds per 1,000 tokens"]
+    assert sampling.endswith("| 3.005 | +61.5% [+61.5%, +61.5%] | **grows** |")
+    assert lines["tiny, 200 rounds, thousands of tokens in its documents"].endswith("| what the model says |")
 
 
 def test_a_run_is_called_flat_only_where_its_interval_shows_it():

@@ -98,7 +98,7 @@ def test_cache_returns_the_bits_it_was_given_and_computes_nothing_twice(
         calls.extend(texts)
         return np.array([np.full(384, len(text)) / 7 for text in texts], dtype=np.float32)
 
-    monkeypatch.setattr(classify, "_forward", forward)
+    monkeypatch.setattr(classify, "encode", forward)
     for cache in ({}, tmp_path / "sub" / "embeddings.sqlite"):
         calls.clear()
         first = classify.embed(["a", "bb", "a"], cache=cache)
