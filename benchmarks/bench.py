@@ -1,13 +1,14 @@
 """The round of this project beside the same round from stock parts, in turn, each in a process of its own.
 
     python benchmarks/bench.py [--pairs 3] [--documents 96] [--samples 128] [--max-new-tokens 40]
-        [--base smollm2-135m] [--device cpu|cuda] [--starts 5] [--out docs/performance/round.json] [key=value ...]
+        [--base smollm2-135m] [--device cpu|cuda] [--starts 5] [--brief] [--out FILE] [key=value ...]
 
 Ours is `run.play` on configs/round.yaml with those sizes: a run that has played round 0 is copied and plays round 1, as
 the same command does for a user. benchmarks/stock_round.py gets the documents, prompts and settings of that round 1.
 Two shapes: the documents of the config, and the same after a context that all prompts share. Which side goes first
 changes from pair to pair. Seconds of ours are those of events.jsonl; load is everything from the start of the process
 to the first stage; bookkeeping is what no other stage has. Trailing key=value override the config for both sides.
+--brief, for a machine that is lent by the minute: the first shape alone, no profiles, no repeated starts.
 benchmarks/performance.py turns the file into a page.
 """
 
@@ -517,7 +518,7 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
             k: v for k, v in child("limits", {"device": args.device}).items() if k in ("flops", "copy_bytes")
         }
         jobs, shapes = {}, {}
-        for shape in ("default", "context"):  # round 0 is also the warm-up: page cache, compiled kernels
+        for shape in ("default",) if args.brief else TIMES:  # round 0 is also the warm-up: page cache, compiled kernels
             job = {"config": str(root / CONFIG.name), "shape": shape, "device": args.device, "overrides": overrides}
             stock_job = child("prepare", job | {"overrides": [*overrides, f"runs_dir={root / 'runs'}"]}, cache=cache)
             jobs[shape] = (job, stock_job)
@@ -555,7 +556,9 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
         # The one setting of TRL that a careful reader would turn first; of interest is its training alone.
         few = jobs["default"][1] | {"prompts": jobs["default"][1]["prompts"][:2]}
         found["tuned"] = play_stock(few, ["--no-checkpointing", "--no-measure", *on])
-        found["profiles"] = {}
+        found |= {"profiles": {}, "start": {}}
+        if args.brief:
+            return found
         for shape, stage in missed(found):
             say(f"{shape}: {stage} is below its target; profiling it")
             found["profiles"][f"{shape}/{stage}"] = play_ours(jobs[shape][0], root, cache, [stage])["profiles"][stage]
@@ -635,6 +638,7 @@ def main() -> None:
     parser.add_argument(
         "--starts", type=positive, default=5, help="repeats of `loop --help` and of the start of `loop run`"
     )
+    parser.add_argument("--brief", action="store_true", help="the first shape alone, no profiles, no repeated starts")
     parser.add_argument("--out", type=new_file, default=ROOT / "docs" / "performance" / "round.json")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the config, for both sides")
     args = parser.parse_args()

@@ -49,11 +49,13 @@ HOW = [
     "the same frequencies of sampled sequences within a stated bound (tests/test_sample.py).",
     "- Training computes logits where a token is supervised, and a beginning that documents share once (not with "
     "dropout); it recomputes no activations. It is held to TRL: the same losses and adapter (tests/test_train.py). A "
-    "forward pass has at most 1,024 tokens on a CPU, and as many as free memory allows on a GPU, fewer when memory "
-    "ends; how many stands in a run's events.jsonl (`micro_batch_tokens`). What a CPU could choose by the clock is "
-    "fixed, so that two machines take the same steps.",
+    "forward pass has at most 1,024 tokens on a CPU, and on a GPU as many as free memory allows, a power of two, fewer "
+    "when memory ends; how many stands in a run's events.jsonl (`micro_batch_tokens`). What a CPU could choose by the "
+    "clock is fixed, so that two machines take the same steps.",
     "- On a GPU the base is bfloat16, a decoding step of few shapes is recorded as CUDA graphs, and texts are embedded "
-    "there. Shapes, what a graph holds and that a step waits for no value are tested on a CPU.",
+    "there; gradients are summed in one order (torch's deterministic algorithms), and neither side attends by cuDNN, "
+    "which plans each new shape anew. Shapes, what a graph holds and that a step waits for no value are tested on a "
+    "CPU.",
     "- `measure.every` says in which rounds probes are asked, which is the line measure below.",
     "- What changes numbers is an option: `base.dtype`, `sample.engine`. Their effects on frequencies: "
     "[findings](findings.md#numerics-tiny).",
@@ -86,6 +88,11 @@ def read(path: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
         raise SystemExit(
             f"{path} must be taken with {', '.join(f'{n} {settings[n]}' for n in other)}, got "
             f"{', '.join(f'{n} {v}' for n, v in other.items())}; take it again: {command(settings, path.stem)}"
+        )
+    if settings["device"] == "cpu" and not found["shapes"].keys() >= bench.TIMES.keys():
+        raise SystemExit(
+            f"{path} must have the shapes {', '.join(bench.TIMES)}, got {', '.join(found['shapes'])}; take it again "
+            f"without --brief: {command(settings, path.stem)}"
         )
     few = [name for name, shape in found["shapes"].items() if len(shape["pairs"]) < 3]
     if few:
@@ -223,8 +230,13 @@ def rounds(found: dict[str, Any]) -> list[str]:
         "contradiction, and one above 150% without a shared prefix says that the rate was taken on a busy machine. "
         "Useful tokens end with the end-of-turn token.",
         "",
-        f"Shape `context` puts two turns of {len(' '.join(bench.CONTEXT).split())} words before every prompt, as a "
-        f"system prompt would. Stock is measured in {n_measured} of {len(stock)} pairs. Seconds are medians of either "
+        (
+            f"Shape `context` puts two turns of {len(' '.join(bench.CONTEXT).split())} words before every prompt, as a "
+            "system prompt would. "
+            if "context" in found["shapes"]
+            else ""
+        )
+        + f"Stock is measured in {n_measured} of {len(stock)} pairs. Seconds are medians of either "
         "side, ratios those of the median pair. The two models differ, for stock ignores weights, and so does what "
         f"they say: {said}. Seconds of sampling are not corrected for it, useful tokens a second are.",
         "",

@@ -33,6 +33,8 @@ def load(job: dict[str, Any], device: str) -> tuple[Any, Any]:
 
     tokenizer = AutoTokenizer.from_pretrained(job["base"])
     tokenizer.padding_side = "left"
+    if device == "cuda":  # as ours: cuDNN's attention plans every new shape anew, and padded batches have many
+        torch.backends.cuda.enable_cudnn_sdp(False)
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     return AutoModelForCausalLM.from_pretrained(job["base"], dtype=dtype).to(device), tokenizer
 

@@ -160,6 +160,10 @@ class Engine:
 
     def _ask(self, model: Model, request: dict[str, Any]) -> dict[str, Any]:
         if self._process is None:
+            if model.device.type == "cuda":  # vLLM takes its share of what is free when it starts
+                import torch
+
+                torch.cuda.empty_cache()
             self._process, self._log = _start(_environment(model.device))
             self._end = weakref.finalize(self, _stop, self._process, self._log)
             self._exchange(

@@ -354,12 +354,22 @@ def manifest(world: World) -> dict[str, Any]:
         "packages": packages,
         "python": platform.python_version(),
         "machine": platform.machine(),
+        "gpu": _gpu(world.reads_on),
         "data": {str(f.relative_to(corpus.data_dir())): _sha256(f) for f in sorted(corpus.data_dir().rglob("*.yaml"))},
         "instruments": world.instrument_hashes(),
         "audience": world.appeal.digest,
         "reader": world.reader.sha256 if world.config.virality.audience == "reader" else None,
         "revision": _revision(),
     }
+
+
+def _gpu(device: str) -> str | None:
+    """Name of the GPU that a run is played on, which decides its number type and its rounding; None without one."""
+    if device == "cpu":
+        return None
+    import torch
+
+    return str(torch.cuda.get_device_name(device))
 
 
 # What another run's documents are made of; hashed in the manifest.

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,10 +17,11 @@ from loop import rng as streams
 from loop.model import (
     Layout,
     Model,
-    OutOfMemory,
+    Packed,
     decode,
     encode_all,
-    free_bytes,
+    fits,
+    fitting,
     pack,
     ran_out,
     row_tokens_of,
@@ -89,23 +91,13 @@ def complete(
     order = sorted(range(len(prompts)), key=lambda i: (-len(encoded[i]), encoded[i], i))
     with serving(model, "merged"), torch.inference_mode():
         slots = min(len(prompts), batch_size or _batch_size(model, len(encoded[order[0]]) + max_new_tokens))
-        while True:
-            try:
-                sampled, logprobs, finished = _decode_all(
-                    model, encoded, order, keys, slots, temperature, top_p, max_new_tokens
-                )
-                break
-            except RuntimeError as error:
-                if not ran_out(error):
-                    raise
-                why = str(error).splitlines()[0][:200]
-            if slots == 1:
-                raise OutOfMemory(
-                    f"memory must hold one document of {len(encoded[order[0]]) + max_new_tokens} tokens while it is "
-                    f"sampled, got {why!r}; free memory, shorten prompts or sample.max_new_tokens, or take a smaller "
-                    "base"
-                )
-            slots //= 2
+        (sampled, logprobs, finished), _ = fitting(
+            lambda n: _decode_all(model, encoded, order, keys, n, temperature, top_p, max_new_tokens),
+            slots,
+            least=1,
+            what=f"one document of {len(encoded[order[0]]) + max_new_tokens} tokens while it is sampled",
+            instead="shorten prompts or sample.max_new_tokens, or take a smaller base",
+        )
     return [
         Completion(
             text=decode(model, row[:-1] if done else row), n_tokens=len(row), logprob_nats=logprob, finished=done
@@ -232,24 +224,24 @@ class _Step:
         beside, main = _side_stream(device), torch.cuda.current_stream(device)
         pool = next(iter(self.made.values()))[0].pool() if self.made else None
         graph = torch.cuda.CUDAGraph()
-        try:
-            with torch.cuda.device(device):
+        with torch.cuda.device(device):
+            try:
                 beside.wait_stream(main)
-                torch.cuda.set_sync_debug_mode("error")  # a graph cannot hold what waits for a value
+                _wait_for_nothing(True)  # a graph cannot hold what waits for a value
                 with torch.cuda.stream(beside):
                     want = self.compute(n, length)
-                torch.cuda.set_sync_debug_mode("default")
+                _wait_for_nothing(False)
                 main.wait_stream(beside)
                 with torch.cuda.graph(graph, pool=pool, stream=beside):
                     hidden = self.compute(n, length)
                 graph.replay()
-        except RuntimeError as error:
-            if ran_out(error):
-                raise
-            raise NoGraph(str(error).splitlines()[0][:200]) from error
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-            torch.cuda.set_stream(main)  # recording that fails leaves its own in place
+            except RuntimeError as error:
+                if ran_out(error):
+                    raise
+                raise NoGraph(str(error).splitlines()[0][:200]) from error
+            finally:
+                _wait_for_nothing(False)
+                torch.cuda.set_stream(main)  # recording that fails leaves its own in place
         if not torch.allclose(hidden, want, rtol=1e-2, atol=1e-2):  # the same kernels on the same numbers
             raise NoGraph(f"{float((hidden - want).abs().max()):.3g} between the step and its graph")
         return graph, hidden
@@ -262,6 +254,13 @@ class _Step:
         columns = torch.arange(length, device=self.model.device)
         mask.masked_fill_(columns > position[:, None, None, None], -torch.inf)
         return self.model.hidden(self.tokens[:n], position[:, None], Layout(None, [mask]), self.cache)[:, 0]
+
+
+def _wait_for_nothing(on: bool) -> None:
+    """Makes torch raise where a program waits for a GPU's value; torch says once a process that this is a prototype."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.cuda.set_sync_debug_mode("error" if on else "default")
 
 
 @functools.cache
@@ -383,7 +382,7 @@ def _batch_size(model: Model, length: int) -> int:
     row = 2 * config.num_hidden_layers * kv * width * length * (torch.finfo(model.dtype).bits // 8)
     if model.device.type == "cuda":
         entry = 80  # bytes that a draw holds at once for a token of the vocabulary, top_p's sorting included
-        return int(min(1024, max(1, 0.8 * free_bytes(model.device) // (2 * row + entry * config.vocab_size))))
+        return fits(model.device, 2 * row + entry * config.vocab_size, share=0.8, most=1024)
     # Products reach full rate at 128 rows on two cores; 1 GiB of keys and values is what a laptop can spare.
     return int(min(128, max(1, (1 << 30) // row)))
 
@@ -496,7 +495,8 @@ def _nucleus(p: np.ndarray, top_p: float) -> tuple[np.float32, int]:
 def _race_torch(mass: torch.Tensor, keys: np.ndarray, top_p: float) -> torch.Tensor:
     """`_race` in torch, for a GPU: the same noise, all tokens at once."""
     if top_p < 1:
-        ranked, place = mass.double().sort(dim=-1, descending=True, stable=True)
+        ranked, place = mass.sort(dim=-1, descending=True, stable=True)
+        ranked = ranked.double()
         before = ranked.cumsum(-1) - ranked
         kept = before < top_p * ranked.sum(-1, keepdim=True)
         mass = torch.where(torch.zeros_like(kept).scatter(1, place, kept), mass, 0.0)
@@ -534,10 +534,11 @@ def surprisal(model: Model, pairs: Sequence[tuple[Turns, str]], *, base: bool = 
     """
     encoded = encode_all(model, pairs)
     _check_lengths(model, [len(p) + len(c) for p, c in encoded])
-    nats, n_tokens = np.zeros(len(pairs)), np.array([len(c) for _, c in encoded], dtype=np.int64)
     sequences = [[*p, *c[:-1]] for p, c in encoded]
-    with serving(model, "base" if base else "merged"), torch.inference_mode():
-        for batch in _batches(model, sequences):
+
+    def read(batches: list[Packed]) -> np.ndarray:
+        nats = np.zeros(len(pairs))
+        for batch in batches:
             hidden = batch.hidden(model)
             completions = [encoded[i][1] for i in batch.members]
             nodes = np.concatenate([path[-len(c) :] for path, c in zip(batch.paths, completions, strict=True)])
@@ -551,7 +552,10 @@ def surprisal(model: Model, pairs: Sequence[tuple[Turns, str]], *, base: bool = 
                 r = torch.from_numpy(row[here] - low).to(model.device)
                 nll = logits.logsumexp(-1)[r] - logits[r, target[torch.from_numpy(here).to(model.device)]]
                 np.add.at(nats, owner[here], nll.double().cpu().numpy())
-    return nats, n_tokens
+        return nats
+
+    nats = _reading(model, sequences, "base" if base else "merged", read)
+    return nats, np.array([len(c) for _, c in encoded], dtype=np.int64)
 
 
 def hidden_mean(model: Model, texts: Sequence[str]) -> np.ndarray:
@@ -561,14 +565,17 @@ def hidden_mean(model: Model, texts: Sequence[str]) -> np.ndarray:
     """
     sequences = [p + c[:-1] for p, c in encode_all(model, [(None, text) for text in texts])]
     _check_lengths(model, [len(s) for s in sequences])
-    out = np.zeros((len(texts), model.net.config.hidden_size), dtype=np.float32)
-    with serving(model, "base"), torch.inference_mode():
-        for batch in _batches(model, sequences):
+
+    def read(batches: list[Packed]) -> np.ndarray:
+        out = np.zeros((len(texts), model.net.config.hidden_size), dtype=np.float32)
+        for batch in batches:
             hidden = batch.hidden(model).float()
             for i, path in zip(batch.members, batch.paths, strict=True):
                 at = torch.as_tensor(path[1:] if len(path) > 1 else path, device=model.device)
                 out[i] = hidden[at].mean(0).cpu().numpy()
-    return out
+        return out
+
+    return _reading(model, sequences, "base", read)
 
 
 def next_token_logodds(
@@ -594,19 +601,33 @@ def next_token_logodds(
         )
     encoded = [prompt for prompt, _ in encode_all(model, [(turns, "") for turns in prompts])]
     _check_lengths(model, [len(p) for p in encoded])
-    out = np.zeros(len(prompts))
-    with serving(model, "base"), torch.inference_mode():
-        for batch in _batches(model, encoded):
+
+    def read(batches: list[Packed]) -> np.ndarray:
+        out = np.zeros(len(prompts))
+        for batch in batches:
             hidden = batch.hidden(model)
             logits = model.logits(hidden[torch.as_tensor([path[-1] for path in batch.paths], device=model.device)])
             odds = logits[:, first["yes_words"]].logsumexp(-1) - logits[:, first["no_words"]].logsumexp(-1)
             out[batch.members] = odds.double().cpu().numpy()
+        return out
+
+    return _reading(model, encoded, "base", read)
+
+
+def _reading(
+    model: Model, sequences: Sequence[Sequence[int]], which: str, read: Callable[[list[Packed]], np.ndarray]
+) -> np.ndarray:
+    """Returns what `read` makes of the sequences in batches, without a gradient; `which` weights, see `serving`."""
+    longest = max(map(len, sequences), default=1)
+    with serving(model, which), torch.inference_mode():
+        out, _ = fitting(
+            lambda size: read(pack(sequences, batch_tokens=size, row_tokens=row_tokens_of(model))),
+            65_536 if model.device.type == "cuda" else 2048,
+            least=longest,
+            what=f"a text of {longest} tokens while it is read",
+            instead="shorten the texts, or take a smaller base",
+        )
     return out
-
-
-def _batches(model: Model, sequences: Sequence[Sequence[int]]) -> list[Any]:
-    size = 65_536 if model.device.type == "cuda" else 2048
-    return pack(sequences, batch_tokens=size, row_tokens=row_tokens_of(model))
 
 
 def _check_lengths(model: Model, lengths: Sequence[int]) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     import torch
 
     from loop.model import Model
+
+T = TypeVar("T")
 
 MICRO_TOKENS = {"cuda": 16_384}  # tokens of pairs per forward pass; elsewhere 1,024, as for the fine-tune
 
@@ -256,6 +259,7 @@ def dpo(
 
     Raises:
       SteeringDiverged: loss or gradient not finite, before the step is taken.
+      OutOfMemory: the longest pair alone does not fit.
       ValueError: no pairs, no adapter, a setting out of range, or an answer too long.
 
     Source: Rafailov et al. (2023), arXiv:2305.18290, eq. 7.
@@ -263,7 +267,7 @@ def dpo(
     import torch
     import torch.nn.functional as F
 
-    from loop.model import encode_all, lora_parameters, serving
+    from loop.model import encode_all, fitting, lora_parameters, repeatable, serving
 
     if model.adapter is None:
         raise ValueError(f"model must have an adapter, got a bare base {model.name}; steer after the fine-tune")
@@ -284,11 +288,36 @@ def dpo(
             )
     both = [encoded[2 * i : 2 * i + 2] for i in range(len(given))]
     micro = MICRO_TOKENS.get(model.device.type, 1024)
+    longest = max(sum(len(prompt) + len(answer) for prompt, answer in pair) for pair in both)
+
+    def within(work: Callable[[int], T]) -> T:
+        nonlocal micro
+        out, micro = fitting(
+            work,
+            micro,
+            least=longest,
+            what=f"a forward and backward pass of {longest} tokens, the longest pair",
+            instead="drop long texts, or take a smaller base",
+        )
+        return out
 
     def all_logps() -> torch.Tensor:  # (n_pairs, 2)
+        def work(size: int) -> torch.Tensor:
+            parts = [_logps(model, [both[i] for i in at]) for at in _chunks(both, range(len(both)), size)]
+            return torch.cat(parts)
+
         with torch.no_grad():
-            parts = [_logps(model, [both[i] for i in at]) for at in _chunks(both, range(len(both)), micro)]
-        return torch.cat(parts)
+            return within(work)
+
+    def gradient(step: list[int], size: int) -> float:
+        optimizer.zero_grad(set_to_none=True)
+        loss = 0.0
+        for at in _chunks(both, step, size):
+            ratio = _logps(model, [both[i] for i in at]) - fixed[at]  # (n, 2)
+            part = -F.logsigmoid(beta * (ratio[:, 0] - ratio[:, 1])).sum() / len(step)
+            part.backward()
+            loss += float(part.detach())
+        return loss
 
     model.net.eval()  # no dropout: the reference and the model must differ by what was learned alone
     start = all_logps()
@@ -309,13 +338,8 @@ def dpo(
     try:
         for k, step in enumerate(steps):
             optimizer.param_groups[0]["lr"] = lr * (1 - k / len(steps))
-            optimizer.zero_grad(set_to_none=True)
-            loss = 0.0
-            for at in _chunks(both, step, micro):
-                ratio = _logps(model, [both[i] for i in at]) - fixed[at]  # (n, 2)
-                part = -F.logsigmoid(beta * (ratio[:, 0] - ratio[:, 1])).sum() / len(step)
-                part.backward()
-                loss += float(part.detach())
+            with repeatable(model.device):
+                loss = within(functools.partial(gradient, step))
             norm = float(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 raise SteeringDiverged(

@@ -43,7 +43,7 @@ N_TEXTS = 200  # a table is for reading; all texts are in samples.parquet
 N_BANDS = 10
 TEXT_COLUMNS = ("id", "stratum", "requested", "persona", "weight", "rejected", "prompt", "completion")
 CANDIDATE_COLUMNS = ("name", "size", "share", "unknown", "words", "typical_texts")
-MADE_WITH = ("config_sha256", "packages", "python", "machine", "revision")  # of manifest.json
+MADE_WITH = ("config_sha256", "packages", "python", "machine", "gpu", "revision")  # of manifest.json
 INIT_SECONDS, FINISH_SECONDS = 20, 30  # W&B's own limits, below GRACE, so that what hangs is named where it can be
 GRACE = 60.0  # seconds a run waits for its mirror at its end
 

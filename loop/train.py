@@ -16,11 +16,12 @@ from loop.model import (
     OutOfMemory,
     Packed,
     encode_all,
-    free_bytes,
+    fits,
     fresh_adapter,
     lora_parameters,
     pack,
     ran_out,
+    repeatable,
     row_tokens_of,
 )
 from loop.records import Document
@@ -71,16 +72,16 @@ class _WeightedNLL(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, row, target, share):  # type: ignore[no-untyped-def]
-        slice_rows = max(1, (1 << 24) // weight.shape[0])  # 64 MiB of float32 logits
+    def forward(ctx, hidden, weight, bias, row, target, share, ends):  # type: ignore[no-untyped-def]
         grad = torch.empty_like(hidden)
         loss = hidden.new_zeros((), dtype=torch.float64)
         mass = torch.zeros(len(hidden), dtype=torch.float32, device=hidden.device).index_add_(0, row, share)
-        for low in range(0, len(hidden), slice_rows):
-            h = hidden[low : low + slice_rows]
+        begin = 0
+        for low, end in zip(range(0, len(hidden), _slice_rows(weight)), ends, strict=True):
+            h = hidden[low : low + _slice_rows(weight)]
             logits = torch.nn.functional.linear(h, weight, bias).float()
-            here = (row >= low) & (row < low + len(h))
-            r, t, s = row[here] - low, target[here], share[here]
+            r, t, s = row[begin:end] - low, target[begin:end], share[begin:end]
+            begin = end
             top = logits.amax(-1, keepdim=True)
             picked = logits[r, t]
             p = logits.sub_(top).exp_()
@@ -95,7 +96,11 @@ class _WeightedNLL(torch.autograd.Function):
     @staticmethod
     def backward(ctx, upstream):  # type: ignore[no-untyped-def]
         (grad,) = ctx.saved_tensors
-        return grad * upstream.to(grad.dtype), None, None, None, None, None
+        return grad * upstream.to(grad.dtype), None, None, None, None, None, None
+
+
+def _slice_rows(weight: torch.Tensor) -> int:
+    return max(1, (1 << 24) // weight.shape[0])  # 64 MiB of float32 logits
 
 
 def finetune(
@@ -203,7 +208,10 @@ def finetune(
     devices = [model.device] if model.device.type == "cuda" else []
     model.net.train()
     try:
-        with torch.random.fork_rng(devices=devices):  # LoRA dropout draws from torch's global generator
+        with (
+            repeatable(model.device),
+            torch.random.fork_rng(devices=devices),
+        ):  # LoRA dropout draws from torch's global generator
             torch.manual_seed((streams.key(seed, "dropout", round_index) >> 1) + team.rank())
             for k, step in enumerate(steps):
                 optimizer.param_groups[0]["lr"] = lr * _rate(k, len(steps), warmup, schedule)
@@ -337,7 +345,6 @@ def _add_up(model: Model, loss: torch.Tensor, computed: int) -> tuple[float, int
 def _batch_loss(
     model: Model, batch: Packed, pairs: list[tuple[list[int], list[int]]], shares: np.ndarray
 ) -> torch.Tensor:
-    hidden = batch.hidden(model)  # (n, hidden)
     nodes, targets, weight = [], [], []
     for i, path in zip(batch.members, batch.paths, strict=True):
         completion = pairs[i][1]
@@ -346,15 +353,14 @@ def _batch_loss(
         weight.append(np.full(len(completion), shares[i]))
     used, row = np.unique(np.concatenate(nodes), return_inverse=True)  # logits once where documents still agree
     head = model.net.get_output_embeddings()
-    on = model.device
-    return _WeightedNLL.apply(
-        hidden[torch.from_numpy(used).to(on)],
-        head.weight,
-        head.bias,
-        torch.from_numpy(row).to(on),
-        torch.from_numpy(np.concatenate(targets)).to(on),
-        torch.from_numpy(np.concatenate(weight)).float().to(on),
-    )
+    # Targets by slice of rows, in their order within one, so that a GPU need not be asked which are whose.
+    part = row // _slice_rows(head.weight)
+    order = np.argsort(part, kind="stable")
+    ends = np.searchsorted(part[order], np.arange(1, -(-len(used) // _slice_rows(head.weight)) + 1)).tolist()
+    given = (used, row[order], np.concatenate(targets)[order], np.concatenate(weight)[order].astype(np.float32))
+    at, rows, target, share = (torch.from_numpy(values).to(model.device) for values in given)
+    hidden = batch.hidden(model)  # (n, hidden)
+    return _WeightedNLL.apply(hidden[at], head.weight, head.bias, rows, target, share, ends)
 
 
 def _rate(k: int, n: int, warmup: float, schedule: str) -> float:
@@ -375,4 +381,4 @@ def _micro_batch_tokens(model: Model) -> int:
     config = model.net.config
     width = 14 * config.hidden_size + 8 * getattr(config, "intermediate_size", 4 * config.hidden_size)
     kept = config.num_hidden_layers * width * (torch.finfo(model.dtype).bits // 8)  # bytes kept per token for backward
-    return int(min(65_536, max(1024, 0.5 * free_bytes(model.device) / kept)))
+    return max(1024, fits(model.device, kept, share=0.5, most=65_536))

@@ -1,6 +1,11 @@
 """A language model small enough to build in a fixture: random weights, its own tokenizer, no download."""
 
+import os
+
 import pytest
+
+# Hashes and counts of the tests are those of a CPU; `base.device: auto` must not find a GPU. Set it to test with one.
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 TEXTS = [
     "Hello there, how are you today?",

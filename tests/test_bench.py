@@ -170,6 +170,9 @@ def test_a_page_of_a_gpu_has_its_rounds_its_copy_rate_and_its_profiles(tmp_path)
     for shape in gpu["shapes"].values():
         shape["max_new_tokens"] = 64
     (tmp_path / "round-cuda.json").write_text(json.dumps(gpu))
+    assert any("Shape `context` puts two turns" in line for line in performance.rounds(gpu))
+    brief = gpu | {"shapes": {"default": gpu["shapes"]["default"]}, "profiles": {}, "start": {}}  # of bench.py --brief
+    assert not any("context" in line for line in performance.rounds(brief))
     page = performance.page(tmp_path).splitlines()
     assert "| SmolLM2-135M: a whole round, G100 | ≤ 12 s, ≥ 10 times | 15.0 s, 2.5 times | **not reached** |" in page
     assert "## The round on a GPU, SmolLM2-135M" in page
@@ -181,6 +184,14 @@ def test_a_page_of_a_gpu_has_its_rounds_its_copy_rate_and_its_profiles(tmp_path)
     with pytest.raises(
         SystemExit, match=r"must have three pairs of a shape or more, got fewer of default; .*batch_size"
     ):
+        performance.page(tmp_path)
+
+
+def test_the_page_of_a_cpu_wants_both_shapes(tmp_path):
+    found = written(tmp_path, ours_train=4)
+    found["shapes"].pop("context")
+    (tmp_path / "round.json").write_text(json.dumps(found))
+    with pytest.raises(SystemExit, match=r"must have the shapes default, context, got default; .* without --brief"):
         performance.page(tmp_path)
 
 

@@ -77,6 +77,69 @@ def test_packed_sequences_get_the_hidden_states_they_get_alone(lm, row_tokens):
     assert computed < 0.8 * sum(map(len, sequences))  # three prompts are shared by three completions each
 
 
+def test_blocks_for_a_gpu_have_few_sizes_and_a_long_one_pads_no_other():
+    # Of 300 and 330 tokens, alone in blocks of 320 and 384; thirty of 40 share blocks of at most 120, padded to 128.
+    long = [[*range(i, i + n)] for i, n in ((1000, 300), (2000, 330))]
+    short = [[*range(50 * i, 50 * i + 40)] for i in range(100, 130)]
+    made = m.pack([*long, *short], batch_tokens=4096, row_tokens=120)
+    assert [[len(seen) for seen in batch.seen] for batch in made] == [[384], [320], [128] * 10]
+    # A CPU runs attention block by block, as long as each is.
+    assert {len(seen) for batch in m.pack([*long, *short], batch_tokens=4096) for seen in batch.seen} == {330, 300, 40}
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+def test_one_kernel_attends_to_a_cache_as_the_products_of_a_cpu_do(groups):
+    torch.manual_seed(0)
+    query, key, value = torch.randn(5, 2, groups, 8), torch.randn(5, 2, 7, 8), torch.randn(5, 2, 7, 8)
+    mask = torch.zeros(5, 1, 1, 7).masked_fill_(torch.arange(7) > torch.arange(5)[:, None, None, None], -torch.inf)
+    ours, theirs = (m._attend_to_cache(query, key, value, mask, 0.3, one_kernel=one) for one in (True, False))
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(theirs[0, :, 0], value[0, :, 0])  # the first row sees one key
+
+
+def test_a_gpu_adds_in_one_order_within_a_block_and_as_before_after_it_whatever_happens():
+    def on():
+        return torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+
+    before = on()
+    assert not before[0]
+    seen = []
+
+    def work():
+        with m.repeatable(torch.device("cuda")):
+            seen.append(on())
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        work()
+    assert (seen, on()) == ([(True, False)], before)
+    with m.repeatable(torch.device("cpu")):
+        assert on() == before
+
+
+def test_how_many_fit_in_a_gpus_memory_is_a_power_of_two(monkeypatch):
+    gpu = torch.device("cuda")
+    given = {"mem_get_info": (60, 100), "memory_reserved": 30, "memory_allocated": 10}
+    for name, value in given.items():
+        monkeypatch.setattr(torch.cuda, name, lambda _, value=value: value)
+    # Free are 60 + 30 - 10 = 80; of 0.5 * 80 / 3 = 13 the power of two is 8.
+    assert m.fits(gpu, 3, share=0.5, most=1024) == 8
+    assert m.fits(gpu, 3, share=0.5, most=4) == 4
+    assert m.fits(gpu, 1e9, share=0.5, most=4) == 1
+
+
+def test_of_several_processes_each_takes_a_gpu_of_its_own_or_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(m.team, "size", lambda: 3)
+    for rank in (0, 1):
+        monkeypatch.setattr(m.team, "local_rank", lambda rank=rank: rank)
+        assert m.device_of("auto") == torch.device("cuda", rank)
+    monkeypatch.setattr(m.team, "local_rank", lambda: 2)
+    with pytest.raises(ValueError, match="got process 3 of this machine with 2 GPUs; launch fewer"):
+        m.device_of("cuda")
+
+
 def test_copies_of_a_sequence_cost_one():
     (batch,) = m.pack([[5, 6, 7]] * 9, batch_tokens=1000)
     assert (batch.n_tokens, len(batch.ids), len(batch.paths)) == (3, 3, 9)

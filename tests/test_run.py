@@ -120,6 +120,18 @@ def test_a_changed_config_is_refused_by_name_and_more_rounds_are_not(tmp_path):
     assert (run.play(smoke(tmp_path, "n_rounds=3")) / "round_003").is_dir()
 
 
+def test_a_run_begun_on_a_gpu_does_not_go_on_unnoticed_without_one(tmp_path, monkeypatch):
+    settings = smoke(tmp_path)
+    with monkeypatch.context() as at_first:
+        at_first.setattr(run, "_gpu", lambda device: f"G100 as {device}")
+        run_dir = run.play(settings, rounds=0)
+        assert store.RunStore(run_dir).manifest()["gpu"] == "G100 as cpu"
+    with pytest.raises(store.ConfigChangedError, match=r"(?s)device.*gpu"):
+        run.play(settings)
+    run.play(settings, allow_drift=True)
+    assert store.RunStore(run_dir).manifest()["gpu"] is None
+
+
 def test_private_texts_are_never_released_scored_or_fed_back(tmp_path):
     run_dir = run.play(smoke(tmp_path))
     opened = store.RunStore(run_dir)

@@ -148,6 +148,34 @@ def test_running_out_of_memory_halves_the_documents_at_once_and_changes_no_text(
     assert all(module.served is None for module in m._adapted(lm).values())
 
 
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda lm: s.surprisal(lm, [((a,), b) for a in TEXTS[:3] for b in TEXTS[1:4]])[0],
+        lambda lm: s.hidden_mean(lm, TEXTS),
+        lambda lm: s.next_token_logodds(lm, [(text,) for text in TEXTS], ["Hello"], ["The"]),
+    ],
+)
+def test_running_out_of_memory_halves_what_is_read_at_once_and_changes_nothing(monkeypatch, read):
+    lm = adapted()
+    want, plain, tried = read(lm), s.pack, []
+
+    def scarce(sequences, *, batch_tokens, **rest):
+        tried.append(batch_tokens)
+        if batch_tokens > room:
+            raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
+        return plain(sequences, batch_tokens=batch_tokens, **rest)
+
+    monkeypatch.setattr(s, "pack", scarce)
+    room = 600
+    np.testing.assert_allclose(read(lm), want, rtol=1e-4, atol=1e-5)
+    assert tried == [2048, 1024, 512]
+    room = 1
+    with pytest.raises(m.OutOfMemory, match=r"a text of \d+ tokens while it is read, .* shorten the texts"):
+        read(lm)
+    assert all(module.served is None for module in m._adapted(lm).values())
+
+
 def test_of_the_prompts_that_were_read_only_one_that_waits_again_is_kept(monkeypatch):
     # Ten times the longest prompt in three slots: it is read once, and so are the others.
     lm, read = adapted(), []

@@ -155,6 +155,27 @@ def test_steps_do_not_depend_on_how_pairs_are_split_over_forward_passes(monkeypa
     assert all(float((ends[0][n] - ends[1][n]).abs().max()) < 2e-4 for n in ends[0])  # as against trl
 
 
+def test_running_out_of_memory_halves_the_tokens_at_once_and_changes_nothing(monkeypatch):
+    want = steer.dpo(fine_tuned(), some_pairs(), reference="base", **SETTINGS)
+    plain, tried = steer._logps, []
+
+    def scarce(model, both):
+        tried.append(sum(len(prompt) + len(answer) for pair in both for prompt, answer in pair))
+        if tried[-1] > room:
+            raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+        return plain(model, both)
+
+    monkeypatch.setattr(steer, "_logps", scarce)
+    room = 500
+    got = steer.dpo(fine_tuned(), some_pairs(), reference="base", **SETTINGS)
+    assert got.losses == pytest.approx(want.losses, rel=1e-4)
+    assert tried[0] > 1000 / 2  # what a pass may have, 1,024, fails; what fits is remembered
+    assert max(tried[1:]) <= 500
+    room = 0
+    with pytest.raises(m.OutOfMemory, match=r"the longest pair, got 'CUDA error: CUBLAS_.*; free memory, drop long"):
+        steer.dpo(fine_tuned(), some_pairs(), reference="base", **SETTINGS)
+
+
 def test_logits_in_slices_are_logits_at_once(monkeypatch):
     lm, given = fine_tuned(), some_pairs(4)
     both = [m.encode_all(lm, [(p.prompt, p.chosen), (p.prompt, p.rejected)]) for p in given]

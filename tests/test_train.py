@@ -117,6 +117,15 @@ def test_running_out_of_memory_halves_the_micro_batch_and_changes_nothing(monkey
     assert gap(a, b) < 1e-4
 
 
+def test_logits_in_slices_are_logits_at_once(monkeypatch):
+    whole, adapter = trained(docs(8, [1, 2, 0.5, 3, 1, 1, 4, 0.25]))
+    monkeypatch.setattr(train, "_slice_rows", lambda weight: 3)
+    parts, moved = trained(docs(8, [1, 2, 0.5, 3, 1, 1, 4, 0.25]))
+    assert parts.losses == pytest.approx(whole.losses, rel=1e-6)
+    assert gap(moved, adapter) < 1e-5
+    assert adapter.keys() == moved.keys()
+
+
 def test_prompt_is_masked_and_plain_documents_are_trained_whole(lm):
     m.fresh_adapter(lm, r=4, alpha=8, seed=0)
     said = m.encode(lm, None, TEXTS[0])[1]
