@@ -812,11 +812,12 @@ def _done(about: Mapping[str, Any], rows: pd.DataFrame) -> list[str]:
         both = NOTHING if start.empty else f"{start.mean():.3f}", NOTHING if end.empty else f"{end.mean():.3f}"
         return NOTHING if both == (NOTHING, NOTHING) else f"{' → '.join(both)} ({len(end)})"
 
-    told = "; ".join(f"{name}, {what}" for name, what in sorted(said.items()))
+    alike = {what: [n for n in sorted(said) if said[n] == what] for what in said.values()}
+    told = "; ".join(sorted(f"{', '.join(names)}: {what}" for what, names in alike.items()))
     return [
         *_by_arm("arm, means over seeds", about["arms"], sorted(said), course),
         "",
-        f"As observed in round 0 → {last}, in brackets the seeds that have the number in round {last}: {told}.",
+        f"As observed in round 0 → {last}, in brackets the seeds that have the number in round {last}. {told}.",
     ]
 
 

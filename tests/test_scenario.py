@@ -383,7 +383,14 @@ def test_what_filter_and_step_did_and_whether_asking_works_stands_beside_the_hea
     assert lines[1] == "| arm, means over seeds | compliance | release_recall/nova |"
     assert lines[3:5] == ["| neutral | 0.300 → 0.100 (1) | - |", "| full | - | 0.600 → 0.400 (2) |"]
     assert lines[-1].startswith(
-        "As observed in round 0 → 1, in brackets the seeds that have the number in round 1: compl"
+        "As observed in round 0 → 1, in brackets the seeds that have the number in round 1. compliance: P(read as her"
+    )
+    # What several names share is said once.
+    named = [
+        rows_of({"full": {0: [0.1, 0.1]}}, metric=f"named/{who}", population="discourse") for who in ("nova", "stella")
+    ]
+    assert scenario._done(about(), pd.concat(named))[-1].endswith(
+        ". named/nova, named/stella: share of documents about outputs that name her."
     )
     assert scenario._done(about(), rows_of(RISES)) == []
 
