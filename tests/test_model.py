@@ -320,18 +320,27 @@ def test_base_that_cannot_be_found_is_one_clear_line(tmp_path, monkeypatch):
         m.load("tiny")
 
 
-def test_architecture_whose_logits_are_not_its_output_layer_is_refused(lm):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_architecture_whose_logits_are_not_its_output_layer_is_refused(lm, dtype):
+    lm.net.to(dtype)
+    lm.dtype = dtype
+    before = m.fingerprint(lm)
     m._check_packed_forward(lm)
     plain = lm.net.forward
 
     def softcapped(*args, **kwargs):
         out = plain(*args, **kwargs)
-        out.logits = 3 * torch.tanh(out.logits / 3)
+        out.logits = 30 * torch.tanh(out.logits / 30)  # which bfloat16 rounds by as much
         return out
 
     lm.net.forward = softcapped
     with pytest.raises(ValueError, match="Llama"):
         m._check_packed_forward(lm)
+    assert (m.fingerprint(lm), lm.dtype, next(lm.net.parameters()).dtype) == (before, dtype, dtype)
+
+
+def test_the_bundled_base_loads_in_the_number_type_of_a_gpu():
+    assert m.load("smollm2-135m", device="cpu", dtype="bfloat16").dtype == torch.bfloat16
 
 
 def test_attention_that_is_more_than_scaled_products_is_refused_and_a_window_bounds_the_texts(lm):
