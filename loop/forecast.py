@@ -204,7 +204,7 @@ def predict(settings: Config, given: Inputs, *, level: float = 0.9) -> theory.Fo
         transmission=None,
         real_share=share,
         discourse_share=0.0,
-        p_real=given.p0 if mix.real_share is None and given.response is None else given.p_real,
+        p_real=_p_real(settings, given),
         n_eff=given.n_eff,
         n_drawn=n_drawn,
         n_outputs=given.n_outputs,
@@ -216,6 +216,11 @@ def predict(settings: Config, given: Inputs, *, level: float = 0.9) -> theory.Fo
         rng=stream(settings.seed, "forecast", 0),
         level=level,
     )
+
+
+def _p_real(settings: Config, given: Inputs) -> np.ndarray:
+    """Frequencies that real documents bring in: of those of round 0, where they stay, what model 0 makes of them."""
+    return given.p0 if settings.mix.real_share is None and given.response is None else given.p_real
 
 
 def measured_columns(run_dir: Path, given: Inputs) -> np.ndarray:
@@ -261,11 +266,11 @@ def of_run(
     if fit is not None:
         if not 1 <= fit < last:
             raise ValueError(f"--fit must leave a round to score, got {fit} of {last} feedback rounds at {run_dir}")
+        # A fitted change holds transmission already; passing it through f again would count that twice.
+        given = replace(given, response=None)
         given = replace(
             given,
             selection=_fitted(seen[: fit + 1], settings, given),
-            # A fitted change holds transmission already; passing it through f again would count that twice.
-            response=None,
             source=given.source
             | {
                 "selection": f"fitted on rounds 0..{fit} of the run; scored on later rounds",
@@ -287,13 +292,33 @@ def of_run(
 
 
 def _fitted(seen: np.ndarray, settings: Config, given: Inputs) -> np.ndarray:
-    """Mean log change of each persona against the whole, after real documents are taken out again."""
-    share = np.array(_real_shares(settings)[: len(seen) - 1])[:, None]  # (n_rounds, 1)
+    """Selection under which the pools that rounds drew from, summed over rounds, would hold what they held.
+
+    A pool is what `seen` leaves when the real documents are taken out; by the twin it is p e^s / sum p e^s of the round
+    before, or the mean of those of all rounds before where old outputs are kept. For regime replace this is the
+    maximum-likelihood estimate of a multinomial logit with offset log p.
+
+    Args:
+      seen: measured frequencies of rounds 0..K, shape (K + 1, n_personas).
+      given: as `predict` is to get it, but for the selection.
+    """
+    share = np.array(_real_shares(settings)[: len(seen) - 1])[:, None]  # (K, 1)
     floor = 0.5 / given.n_outputs
     before = np.maximum(seen[:-1], floor)
-    synthetic = np.where(share < 1, (seen[1:] - share * given.p_real) / np.where(share < 1, 1 - share, 1), seen[1:])
-    after = np.maximum(synthetic, floor)
-    s = np.log(after / before).mean(axis=0)
+    pools = (seen[1:] - share * _p_real(settings, given)) / np.where(share < 1, 1 - share, 1)
+    held = np.maximum(np.where(share < 1, pools, seen[1:]), floor).sum(axis=0)
+    held *= len(share) / held.sum()
+    born = np.arange(1, len(seen))[:, None]
+    s = np.zeros(len(held))
+    for _ in range(10_000):  # generalised iterative scaling (Darroch & Ratcliff 1972)
+        would = before * np.exp(s)
+        would /= would.sum(axis=1, keepdims=True)
+        if settings.mix.regime != "replace":
+            would = np.cumsum(would, axis=0) / born
+        step = np.log(held / would.sum(axis=0))
+        s += step
+        if np.abs(step).max() < 1e-9:
+            break
     return np.asarray(s - s.max())
 
 

@@ -123,6 +123,29 @@ def test_a_subsample_of_all_there_is_has_a_falling_real_share_and_grows_less_sur
     np.testing.assert_allclose(same.mean, forecast.predict(listed, _with(given, p_real=given.p0)).mean, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("regime", "real_share"),
+    [("replace", "0.3"), ("accumulate", "null"), ("accumulate_subsample", "0.2"), ("accumulate_subsample", "null")],
+)
+def test_a_fit_finds_the_selection_that_made_a_noiseless_run(regime, real_share):
+    # Ten documents a round beside 20 real ones of round 0, or drawn from both with a given share of other real ones.
+    settings = smoke(
+        f"mix.regime={regime}", f"mix.real_share={real_share}", "mix.n_train=20", "sample.n_samples=10", "n_rounds=4"
+    )
+    s, other = np.array([0.0, -0.4, -1.1]), np.array([0.1, 0.2, 0.7])
+    p, spread = [np.array([0.5, 0.3, 0.2])], []
+    for t in range(1, 5):
+        raised = p[-1] * np.exp(s)
+        spread.append(raised / raised.sum())
+        pool = spread[-1] if regime == "replace" else sum(spread) / t
+        if real_share == "null":
+            p.append((20 * p[0] + 10 * t * pool) / (20 + 10 * t))
+        else:
+            p.append(float(real_share) * other + (1 - float(real_share)) * pool)
+    given = _with(forecast.inputs(settings), p0=p[0], p_real=other, n_outputs=1e9, response=None)
+    assert forecast._fitted(np.array(p), settings, given) == pytest.approx(s, abs=1e-6)
+
+
 def _with(given, **changed):
     from dataclasses import replace
 
