@@ -91,7 +91,8 @@ class Needs:
       texts: read by the instruments per measured round.
       rounds: round 0 and the feedback rounds.
       seconds: of a measured round on two CPU cores, low and high.
-      memory_mib: of the process, on the CPU or, less the program, on the GPU.
+      memory_mib: of the process on a CPU. On a GPU, whose free memory decides how much is done at once, as much as
+        what a CPU does at once would take there: enough, and no more than that is known.
       disk_mib: for all rounds.
     """
 
@@ -233,7 +234,8 @@ def _print_needs(config: Config, needs: Needs, facts: dict[str, Any]) -> None:
         more = f"; {needs.rounds} rounds {_clock(low * needs.rounds)} to {_clock(high * needs.rounds)}"
         print(f"{'time on two CPU cores':<28} {_clock(low)} to {_clock(high)} a round{more}")
     if needs.memory_mib is not None:
-        print(f"{'memory':<28} {needs.memory_mib / 1024:.1f} GiB")
+        on_gpu = " or more: a GPU does as much at once as its free memory holds" if _on_gpu(config) else ""
+        print(f"{'memory':<28} {needs.memory_mib / 1024:.1f} GiB{on_gpu}")
     print(f"{'disk for ' + str(needs.rounds) + ' rounds':<28} {needs.disk_mib} MiB")
     if needs.why is not None:
         print(f"{'not estimated':<28} {needs.why}")

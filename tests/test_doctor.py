@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -123,8 +124,16 @@ def test_the_report_names_packages_device_and_what_a_config_takes(capsys):
     doctor.report(config.load(ROUND), as_json=False)
     shown = capsys.readouterr().out
     assert "time on two CPU cores" in shown
+    assert "as much at once as" not in shown
     doctor.report(None, as_json=False)
     assert capsys.readouterr().out in shown  # without a config: the same without the estimate
+
+
+def test_memory_of_a_gpu_is_said_to_be_taken_as_it_is_there(capsys):
+    doctor.report(config.load(ROUND, ["base.device=cuda"]), as_json=False)
+    assert re.search(
+        r"memory .* GiB or more: a GPU does as much at once as its free memory holds", capsys.readouterr().out
+    )
 
 
 def test_a_base_larger_than_the_machine_is_called_too_large(capsys, monkeypatch):
