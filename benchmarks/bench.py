@@ -36,6 +36,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 CONFIG, STOCK = ROOT / "configs" / "round.yaml", ROOT / "benchmarks" / "stock_round.py"
+OUT = ROOT / "docs" / "performance" / "round.json"
 STAGES = ("load", "train", "sample", "classify", "measure", "bookkeeping")
 MEASURE = ("probe", "measure", "candidates")  # what the loop's `measure` is made of
 TIMES = {"default": 3.0, "context": 4.0}  # how many times quicker a round of each shape is to be
@@ -597,6 +598,8 @@ def new_file(text: str) -> Path:
 
 def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Refuses at once, in one line, what would fail after the first rounds."""
+    if args.brief and args.out == OUT:
+        parser.error(f"--brief: name another file with --out; the page wants all that {OUT.name} holds")
     if args.device == "cuda":
         import torch
 
@@ -639,7 +642,7 @@ def main() -> None:
         "--starts", type=positive, default=5, help="repeats of `loop --help` and of the start of `loop run`"
     )
     parser.add_argument("--brief", action="store_true", help="the first shape alone, no profiles, no repeated starts")
-    parser.add_argument("--out", type=new_file, default=ROOT / "docs" / "performance" / "round.json")
+    parser.add_argument("--out", type=new_file, default=OUT)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the config, for both sides")
     args = parser.parse_args()
     check(parser, args)

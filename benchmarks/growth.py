@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import statistics
 import sys
@@ -39,9 +40,9 @@ SMALL = [  # the tiny loop with everything in it, in about two seconds a round
     "virality.posts_per_sample=100",
     "filters.require_finished=false",
 ]
-TOKENS = {  # file and column of what each counts
-    "trained": (("mixture", "n_trained_tokens"),),
-    "sampled": (("samples", "n_tokens"), ("probes", "n_tokens")),
+TOKENS = {  # files and the columns whose products each sums
+    "trained": (("mixture", ("n_trained_tokens", "copies")),),
+    "sampled": (("samples", ("n_tokens",)), ("probes", ("n_tokens",))),
 }
 ADAPTER = {"r": 16, "alpha": 32, "dropout": 0.0, "targets": ("q_proj", "v_proj", "up_proj", "down_proj")}
 
@@ -56,7 +57,7 @@ def rounds(config: Path, overrides: Sequence[str]) -> list[dict[str, float]]:
 
     Beside them, to see what a change of them is of: `read`, characters of the texts that the instruments' encoder had
     not read before, and `read_seconds` that it took, which no loop can save; `rest_seconds`, all others; `stage/NAME`,
-    seconds on the clock of each stage; `trained` and `sampled`, tokens of the round's documents and of its outputs.
+    seconds on the clock of each stage; `trained` and `sampled`, supervised tokens of an epoch and tokens of outputs.
     """
     from loop import classify, run
     from loop.config import load
@@ -90,9 +91,10 @@ def rounds(config: Path, overrides: Sequence[str]) -> list[dict[str, float]]:
                 store = RunStore(run_dir)
                 stages = [e for e in store.events() if e["event"] == "stage" and e["part"] == f"round_{t:03d}"]
                 rows[-1] |= {f"stage/{e['stage']}": float(e["seconds"]) for e in stages}
-                for name, counted in TOKENS.items():
-                    of_all = (store.read_table(t, f"{file}.parquet")[column] for file, column in counted)
-                    rows[-1][name] = float(sum(sum(column.to_pylist()) for column in of_all))
+                for name, files in TOKENS.items():
+                    tables = ((store.read_table(t, f"{file}.parquet"), columns) for file, columns in files)
+                    rows_of = (zip(*(table[c].to_pylist() for c in columns), strict=True) for table, columns in tables)
+                    rows[-1][name] = float(sum(math.prod(row) for each in rows_of for row in each))
                 last = time.process_time()  # reading files is no part of a round
 
             yield committed

@@ -202,7 +202,7 @@ def gpu(folder: Path) -> list[str]:
 
 
 def rounds(found: dict[str, Any]) -> list[str]:
-    """Stage tables of both shapes, and what they were taken with."""
+    """Stage tables of the shapes, and what they were taken with."""
     m, s, limit = found["machine"], found["settings"], found["limits"]
     versions = ", ".join(f"{name} {version}" for name, version in m["packages"].items())
     said = "; ".join(
@@ -279,12 +279,12 @@ def profiles(found: dict[str, Any]) -> list[str]:
 
 _COUNTED = {  # how much there is of each, and how long a piece is, is the model's matter
     "read": "thousands of characters read",
-    "trained": "thousands of tokens in its documents",
-    "sampled": "thousands of tokens in its outputs",
+    "trained": "thousands of supervised tokens an epoch",
+    "sampled": "thousands of tokens sampled",
 }
-_PACES = [  # name -> whose seconds, of how many of what
+_PACES = [  # name, whose seconds, of how many of what, unit
     ("reading, seconds per 10,000 characters", ("read_seconds",), "read", 1e-4),
-    ("training, seconds per 1,000 tokens", ("stage/train",), "trained", 1e-3),
+    ("training, seconds per 1,000 supervised tokens of an epoch", ("stage/train",), "trained", 1e-3),
     ("sampling, seconds per 1,000 tokens", ("stage/sample", "stage/probe"), "sampled", 1e-3),
 ]
 
@@ -346,7 +346,8 @@ def growth(found: dict[str, Any]) -> list[str]:
             shown = [("seconds", "seconds a round", 1), *(_work(rows) if name == "tiny" else ()), *shown]
         for of, what, unit in shown:
             change = drift(rows, of)
-            what += f", by round the {made[of]} of {n_runs} runs" if n_runs > 1 else ""
+            if n_runs > 1 and of not in _COUNTED:  # what is counted is the same in all
+                what += f", by round the {made.get(of, made['seconds'])} of {n_runs} runs"
             median = statistics.median(row[of] / unit for row in rows[1:])
             found_out = f"{change[0]:+.1%} [{change[1]:+.1%}, {change[2]:+.1%}]"
             word = "what the model says" if of in _COUNTED else steadiness(change)

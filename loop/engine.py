@@ -160,7 +160,7 @@ class Engine:
 
     def _ask(self, model: Model, request: dict[str, Any]) -> dict[str, Any]:
         if self._process is None:
-            if model.device.type == "cuda":  # vLLM takes its share of what is free when it starts
+            if model.device.type == "cuda":  # vLLM starts where 0.4 of the card is free, see vllm_worker
                 import torch
 
                 torch.cuda.empty_cache()

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import safetensors.torch
@@ -53,7 +53,7 @@ TINY = {  # the recipe of the `tiny` base; its cached copy is named by the hash 
 
 
 class OutOfMemory(RuntimeError):
-    """Memory ran out even for the least that there can be at once: the longest document, or one text being sampled."""
+    """Memory ran out even for the least there can be at once: the longest document, pair or text, or one sampled."""
 
     exit_code = 5
 
@@ -101,20 +101,20 @@ def fits(device: torch.device, each: float, share: float, most: int) -> int:
 def repeatable(device: torch.device) -> Iterator[None]:
     """Within the block a GPU adds in one order, so that the same work gives the same bytes; on a CPU it does anyway.
 
-    It is on where gradients are computed: the kernels that forward passes use have one order of their own, and some
-    of them (a running sum) have no other and would raise.
+    Not for sampling, which adds in one order anyway and needs a running sum, which would raise.
     """
     if device.type != "cuda":
         yield
         return
-    on, filled = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    on, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    filled = torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # a help in debugging that costs a kernel a tensor
     try:
         yield
     finally:
         torch.utils.deterministic.fill_uninitialized_memory = filled
-        torch.use_deterministic_algorithms(on)
+        torch.use_deterministic_algorithms(on, warn_only=warns)
 
 
 @dataclass(frozen=True)
@@ -200,7 +200,7 @@ def device_of(name: str) -> torch.device:
         if team.local_rank() >= torch.cuda.device_count():
             raise ValueError(
                 f"every process must have a GPU of its own, got process {team.local_rank() + 1} of this machine with "
-                f"{torch.cuda.device_count()} GPUs; launch fewer"
+                f"{torch.cuda.device_count()} GPUs; launch fewer, or set base.device: cpu"
             )
         where = torch.device("cuda", team.local_rank())
     return where
@@ -249,7 +249,7 @@ def load(
     else:
         source = base
     net, tokenizer = _read(source, dtype=kind, trust_remote_code=trust_remote_code)
-    net.requires_grad_(False).eval().to(where)
+    net.requires_grad_(False).eval()
     known = tokenizer.get_vocab()
     end = known.get(END, tokenizer.eos_token_id)
     if end is None:
@@ -260,14 +260,22 @@ def load(
         tokenizer=tokenizer,
         name=base,
         sha256=_hash_weights(source, net),
-        device=where,
+        device=torch.device("cpu"),
         dtype=kind,
         start_id=known.get(START, text),
         end_id=end,
         text_id=text,
         source=source,
     )
-    _check_packed_forward(model)
+    fitting(
+        lambda _: _check_packed_forward(model),
+        1,
+        least=1,
+        what="the base in float32 while it is checked",
+        instead="or take a smaller base",
+    )
+    net.to(where)
+    model.device = where
     return model
 
 
@@ -278,7 +286,6 @@ def _set_up_gpu(where: torch.device) -> None:
     # cuDNN's attention, the first choice on a Hopper, plans each new shape for half a second and is not `repeatable`;
     # under some masks its gradient is nan (pytorch issue 196678).
     torch.backends.cuda.enable_cudnn_sdp(False)
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it `repeatable` products raise
 
 
 def _read(source: str, *, dtype: torch.dtype, trust_remote_code: bool) -> tuple[Any, Any]:
@@ -386,11 +393,14 @@ def fingerprint(model: Model) -> str:
 
 @contextmanager
 def _in_float32(model: Model) -> Iterator[None]:
-    """Within the block the base computes in float32, from the weights it has; they come back bit for bit.
+    """Within the block a base in 16 bits computes in float32, from the weights it has; they come back bit for bit.
 
     In 16 bits two right ways to attend differ by a quarter of the logits' spread (SmolLM2 in bfloat16).
     """
     kept, dtype = [(p, p.dtype) for p in model.net.parameters()], model.dtype
+    if dtype.itemsize >= 4:
+        yield
+        return
     model.dtype = torch.float32
     try:
         for parameter, _ in kept:
@@ -416,7 +426,7 @@ def _check_packed_forward(model: Model) -> None:
         )
     a, b = [model.text_id, 5, 6, 7, 8], [model.text_id, 5, 9, 7]
     with torch.no_grad(), _in_float32(model):
-        (batch,) = pack([a, b], row_tokens=16, batch_tokens=16)
+        (batch,) = pack([a, b], blocks=Blocks(16), batch_tokens=16)
         got = model.logits(batch.hidden(model))
         for sequence, path in zip((a, b), batch.paths, strict=True):
             want = model.net(input_ids=torch.tensor([sequence], device=model.device), use_cache=False).logits[0].float()
@@ -596,7 +606,7 @@ def _train_tiny(
         share = done / recipe["tokens"]  # warm up over 2% of the tokens, then a half cosine to 0
         scale = min(1.0, share / 0.02 + 0.05) * 0.5 * (1 + math.cos(math.pi * share))
         optimizer.param_groups[0]["lr"] = recipe["lr"] * scale
-        (batch,) = pack([s[:-1] for s in chosen], row_tokens=256, batch_tokens=1 << 30)
+        (batch,) = pack([s[:-1] for s in chosen], blocks=Blocks(256), batch_tokens=1 << 30)
         hidden = batch.hidden(model)
         nodes = torch.from_numpy(np.concatenate(batch.paths))
         targets = torch.tensor([t for i in batch.members for t in chosen[i][1:]])
@@ -775,11 +785,25 @@ AttentionInterface.register("persona_loop", _attention)
 AttentionMaskInterface.register("persona_loop", sdpa_mask)
 
 
-_UNIT = 64  # tokens; what `pack` rounds sizes up to for a GPU
+class Blocks(NamedTuple):
+    """Blocks of one size, so that a GPU runs attention in one call.
+
+    Attributes:
+      tokens: blocks are filled up to it, and those of a batch padded to one size; a longer sequence has a block of its
+        own, in a batch with those of its size alone.
+      unit: that size is a multiple of it, so that there are few shapes.
+    """
+
+    tokens: int
+    unit: int = 1
 
 
 def pack(
-    sequences: Sequence[Sequence[int]], *, batch_tokens: int, row_tokens: int | None = None, share: bool = True
+    sequences: Sequence[Sequence[int]],
+    *,
+    batch_tokens: int,
+    blocks: Blocks | None = None,
+    share: bool = True,
 ) -> list[Packed]:
     """Lays token sequences out as prefix trees, a shared prefix once, each token attending to its ancestors alone.
 
@@ -789,9 +813,7 @@ def pack(
     Args:
       sequences: token ids, each of length >= 1.
       batch_tokens: blocks are batched up to this number of tokens, padding included; at least one block a batch.
-      row_tokens: None makes a block per group of sequences worth joining, of any size, for a CPU. A number fills
-        blocks up to it and pads those of a batch to one size, a multiple of 64, so that a GPU runs attention in one
-        call and meets few shapes; a longer sequence has a block of its own, in a batch with those of its size alone.
+      blocks: None makes a block per group of sequences worth joining, of any size, for a CPU.
       share: a shared prefix once; False computes it for every sequence, for what draws by token, as dropout does.
 
     Returns:
@@ -800,7 +822,7 @@ def pack(
     Raises:
       ValueError: an empty sequence.
     """
-    blocks: list[tuple[list[int], list[int], list[tuple[int, list[int]]]]] = []  # ids, depths, (sequence, columns)
+    trees: list[tuple[list[int], list[int], list[tuple[int, list[int]]]]] = []  # ids, depths, (sequence, columns)
     previous: Sequence[int] = ()
     columns: list[int] = []
     for i in sorted(
@@ -812,32 +834,32 @@ def pack(
         shared = 0
         while share and shared < min(len(previous), len(sequence)) and previous[shared] == sequence[shared]:
             shared += 1
-        size, new = (len(blocks[-1][0]) if blocks else 0), len(sequence) - shared
+        size, new = (len(trees[-1][0]) if trees else 0), len(sequence) - shared
         # Joining saves `shared` tokens and adds 2 * size * new masked pairs to attention; a pair costs about a
         # thousandth of a token.
-        apart = 2 * size * new > 1000 * shared if row_tokens is None else size + new > row_tokens
-        if not blocks or apart:
-            blocks.append(([], [], []))
+        apart = 2 * size * new > 1000 * shared if blocks is None else size + new > blocks.tokens
+        if not trees or apart:
+            trees.append(([], [], []))
             shared = 0
-        ids, depth, inside = blocks[-1]
+        ids, depth, inside = trees[-1]
         columns = [*columns[:shared], *range(len(ids), len(ids) + len(sequence) - shared)]
         ids.extend(sequence[shared:])
         depth.extend(range(shared, len(sequence)))
         inside.append((i, columns))
         previous = sequence
-    blocks.sort(key=lambda block: -len(block[0]))
+    trees.sort(key=lambda tree: -len(tree[0]))
     batches: list[list[Any]] = []
     sizes: list[list[int]] = []  # of the blocks of each batch, padding included
     taken = 0
-    for block in blocks:
-        own = len(block[0]) if row_tokens is None else -(-len(block[0]) // _UNIT) * _UNIT
-        size = own if row_tokens is None or not batches else sizes[-1][0]
-        alone = row_tokens is not None and own < size and size > row_tokens  # it would be padded to a long one's size
+    for tree in trees:
+        own = len(tree[0]) if blocks is None else -(-len(tree[0]) // blocks.unit) * blocks.unit
+        size = own if blocks is None or not batches else sizes[-1][0]
+        alone = blocks is not None and own < size and size > blocks.tokens  # it would be padded to a long one's size
         if not batches or taken + size > batch_tokens or alone:
             batches.append([])
             sizes.append([])
             size, taken = own, 0
-        batches[-1].append(block)
+        batches[-1].append(tree)
         sizes[-1].append(size)
         taken += size
     out = []
@@ -859,9 +881,9 @@ def pack(
     return out
 
 
-def row_tokens_of(model: Model) -> int | None:
-    """Returns the block size `pack` should use on the model's device; see there."""
-    return 256 if model.device.type == "cuda" else None
+def blocks_of(model: Model) -> Blocks | None:
+    """Returns how `pack` should make blocks on the model's device."""
+    return Blocks(tokens=256, unit=64) if model.device.type == "cuda" else None
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -365,7 +365,7 @@ def manifest(world: World) -> dict[str, Any]:
 
 def _gpu(device: str) -> str | None:
     """Name of the GPU that a run is played on, which decides its number type and its rounding; None without one."""
-    if device == "cpu":
+    if not device.startswith("cuda"):
         return None
     import torch
 

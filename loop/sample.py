@@ -18,13 +18,13 @@ from loop.model import (
     Layout,
     Model,
     Packed,
+    blocks_of,
     decode,
     encode_all,
     fits,
     fitting,
     pack,
     ran_out,
-    row_tokens_of,
     serving,
 )
 from loop.records import Completion, Turns
@@ -227,10 +227,10 @@ class _Step:
         with torch.cuda.device(device):
             try:
                 beside.wait_stream(main)
-                _wait_for_nothing(True)  # a graph cannot hold what waits for a value
+                _forbid_waiting(True)  # a graph cannot hold what waits for a value
                 with torch.cuda.stream(beside):
                     want = self.compute(n, length)
-                _wait_for_nothing(False)
+                _forbid_waiting(False)
                 main.wait_stream(beside)
                 with torch.cuda.graph(graph, pool=pool, stream=beside):
                     hidden = self.compute(n, length)
@@ -240,7 +240,7 @@ class _Step:
                     raise
                 raise NoGraph(str(error).splitlines()[0][:200]) from error
             finally:
-                _wait_for_nothing(False)
+                _forbid_waiting(False)
                 torch.cuda.set_stream(main)  # recording that fails leaves its own in place
         if not torch.allclose(hidden, want, rtol=1e-2, atol=1e-2):  # the same kernels on the same numbers
             raise NoGraph(f"{float((hidden - want).abs().max()):.3g} between the step and its graph")
@@ -256,7 +256,7 @@ class _Step:
         return self.model.hidden(self.tokens[:n], position[:, None], Layout(None, [mask]), self.cache)[:, 0]
 
 
-def _wait_for_nothing(on: bool) -> None:
+def _forbid_waiting(on: bool) -> None:
     """Makes torch raise where a program waits for a GPU's value; torch says once a process that this is a prototype."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -299,7 +299,7 @@ class _Read:
 def _read_prompts(model: Model, prompts: Sequence[tuple[int, ...]]) -> dict[tuple[int, ...], _Read]:
     """Reads distinct prompts in one packed pass; a beginning they share is computed once."""
     out = {}
-    for batch in pack(prompts, batch_tokens=8192, row_tokens=row_tokens_of(model)):
+    for batch in pack(prompts, batch_tokens=8192, blocks=blocks_of(model)):
         cache = _Prefill()
         hidden = batch.hidden(model, cache)
         logits = model.logits(hidden[torch.as_tensor([path[-1] for path in batch.paths], device=model.device)])
@@ -531,6 +531,7 @@ def surprisal(model: Model, pairs: Sequence[tuple[Turns, str]], *, base: bool = 
 
     Raises:
       ValueError: a text longer than the base has positions for.
+      OutOfMemory: the longest text alone does not fit.
     """
     encoded = encode_all(model, pairs)
     _check_lengths(model, [len(p) + len(c) for p, c in encoded])
@@ -621,7 +622,7 @@ def _reading(
     longest = max(map(len, sequences), default=1)
     with serving(model, which), torch.inference_mode():
         out, _ = fitting(
-            lambda size: read(pack(sequences, batch_tokens=size, row_tokens=row_tokens_of(model))),
+            lambda size: read(pack(sequences, batch_tokens=size, blocks=blocks_of(model))),
             65_536 if model.device.type == "cuda" else 2048,
             least=longest,
             what=f"a text of {longest} tokens while it is read",

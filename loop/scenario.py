@@ -229,6 +229,9 @@ def _sd(sweep: Sweep, arm: str, primary: Outcome) -> tuple[float, str]:
     return math.sqrt(max(2, len(primary.terms))) * max(one, 1e-9), source
 
 
+Levels = dict[int, tuple[float, float]]  # round -> level, variance of measurement
+
+
 # Tables -------------------------------------------------------------------------------------------------------------
 
 
@@ -573,9 +576,6 @@ def _logit_variance(share: float, variance: float, n_outputs: float) -> float:
 def _last(rows: pd.DataFrame, outcome: Outcome) -> int | None:
     at = rows[rows["metric"].isin(outcome.parts) & rows["value"].notna()]
     return int(at["round"].max()) if len(at) else None
-
-
-Levels = dict[int, tuple[float, float]]  # round -> level, variance of measurement
 
 
 def _levels(rows: pd.DataFrame, outcome: Outcome, arm: str, rounds: Sequence[int]) -> dict[int, Levels]:

@@ -306,7 +306,7 @@ def dpo(
             parts = [_logps(model, [both[i] for i in at]) for at in _chunks(both, range(len(both)), size)]
             return torch.cat(parts)
 
-        with torch.no_grad():
+        with repeatable(model.device), torch.no_grad():
             return within(work)
 
     def gradient(step: list[int], size: int) -> float:
@@ -402,23 +402,13 @@ def _chunks(both: list[Any], which: Sequence[int], micro: int) -> list[list[int]
 
 
 def _logps(model: Model, both: Sequence[Sequence[tuple[list[int], list[int]]]]) -> torch.Tensor:
-    """Returns log p of the answers of each pair given its prompt, (n_pairs, 2) float64, nats; one forward pass."""
+    """Returns log p of the answers of each pair given its prompt, (n_pairs, 2) float64, nats; in one go."""
     import torch
     from torch.utils.checkpoint import checkpoint
 
-    from loop.model import pack, row_tokens_of
+    from loop.model import blocks_of, pack
 
     answers = [encoded for pair in both for encoded in pair]
-    (batch,) = pack([[*p, *c[:-1]] for p, c in answers], batch_tokens=1 << 60, row_tokens=row_tokens_of(model))
-    hidden = batch.hidden(model)  # (n, hidden)
-    nodes, targets, owner = [], [], []
-    for i, path in zip(batch.members.tolist(), batch.paths, strict=True):
-        answer = answers[i][1]
-        nodes.append(path[-len(answer) :])  # the last prompt token predicts the first of the answer
-        targets.append(np.asarray(answer))
-        owner.append(np.full(len(answer), i))
-    used, row = np.unique(np.concatenate(nodes), return_inverse=True)  # logits once where the two still agree
-    target, of = np.concatenate(targets), torch.from_numpy(np.concatenate(owner)).to(model.device)
 
     def picked(states: torch.Tensor, r: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
         logits = model.logits(states)
@@ -426,10 +416,20 @@ def _logps(model: Model, both: Sequence[Sequence[tuple[list[int], list[int]]]]) 
 
     out = torch.zeros(len(answers), dtype=torch.float64, device=model.device)
     step = max(1, (1 << 24) // model.net.config.vocab_size)  # 64 MiB of logits, worked out again on the way back
-    for low in range(0, len(used), step):
-        here = np.flatnonzero((row >= low) & (row < low + step))
-        states = hidden[torch.from_numpy(used[low : low + step]).to(model.device)]
-        r, token = (torch.from_numpy(v).to(model.device) for v in (row[here] - low, target[here]))
-        logp = checkpoint(picked, states, r, token, use_reentrant=False, preserve_rng_state=False)
-        out = out.index_add(0, of[torch.from_numpy(here).to(model.device)], logp.double())
+    for batch in pack([[*p, *c[:-1]] for p, c in answers], batch_tokens=1 << 60, blocks=blocks_of(model)):
+        hidden = batch.hidden(model)  # (n, hidden)
+        nodes, targets, owner = [], [], []
+        for i, path in zip(batch.members.tolist(), batch.paths, strict=True):
+            answer = answers[i][1]
+            nodes.append(path[-len(answer) :])  # the last prompt token predicts the first of the answer
+            targets.append(np.asarray(answer))
+            owner.append(np.full(len(answer), i))
+        used, row = np.unique(np.concatenate(nodes), return_inverse=True)  # logits once where the two still agree
+        target, of = np.concatenate(targets), torch.from_numpy(np.concatenate(owner)).to(model.device)
+        for low in range(0, len(used), step):
+            here = np.flatnonzero((row >= low) & (row < low + step))
+            states = hidden[torch.from_numpy(used[low : low + step]).to(model.device)]
+            r, token = (torch.from_numpy(v).to(model.device) for v in (row[here] - low, target[here]))
+            logp = checkpoint(picked, states, r, token, use_reentrant=False, preserve_rng_state=False)
+            out = out.index_add(0, of[torch.from_numpy(here).to(model.device)], logp.double())
     return out.view(len(both), 2)

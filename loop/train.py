@@ -15,6 +15,7 @@ from loop.model import (
     Model,
     OutOfMemory,
     Packed,
+    blocks_of,
     encode_all,
     fits,
     fresh_adapter,
@@ -22,7 +23,6 @@ from loop.model import (
     pack,
     ran_out,
     repeatable,
-    row_tokens_of,
 )
 from loop.records import Document
 
@@ -315,7 +315,7 @@ def _accumulate(
     if team.size() > 1:
         micro = min(micro, max(max(map(len, rows)), math.ceil(sum(map(len, rows)) / team.size())))
     dropout = model.adapter is not None and model.adapter.dropout > 0
-    batches = pack(rows, batch_tokens=micro, row_tokens=row_tokens_of(model), share=not dropout)
+    batches = pack(rows, batch_tokens=micro, blocks=blocks_of(model), share=not dropout)
     loss, computed = torch.zeros((), dtype=torch.float64, device=model.device), 0
     for batch in batches[team.rank() :: team.size()]:
         part = _batch_loss(model, batch, pairs, shares)

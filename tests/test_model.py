@@ -61,12 +61,12 @@ def test_turns_of_even_number_are_refused(lm):
         m.encode(lm, ("a", "b"), "c")
 
 
-@pytest.mark.parametrize("row_tokens", [None, 120])
-def test_packed_sequences_get_the_hidden_states_they_get_alone(lm, row_tokens):
+@pytest.mark.parametrize("blocks", [None, m.Blocks(120), m.Blocks(120, unit=64)])
+def test_packed_sequences_get_the_hidden_states_they_get_alone(lm, blocks):
     pairs = m.encode_all(lm, [((a,), b) for a in TEXTS[:3] for b in TEXTS[1:4]] + [(None, TEXTS[0])])
     sequences = [p + c for p, c in pairs]
     seen, computed = set(), 0
-    for batch in m.pack(sequences, batch_tokens=240, row_tokens=row_tokens):
+    for batch in m.pack(sequences, batch_tokens=256, blocks=blocks):
         hidden = batch.hidden(lm)
         computed += batch.n_tokens
         for i, path in zip(batch.members, batch.paths, strict=True):
@@ -81,8 +81,11 @@ def test_blocks_for_a_gpu_have_few_sizes_and_a_long_one_pads_no_other():
     # Of 300 and 330 tokens, alone in blocks of 320 and 384; thirty of 40 share blocks of at most 120, padded to 128.
     long = [[*range(i, i + n)] for i, n in ((1000, 300), (2000, 330))]
     short = [[*range(50 * i, 50 * i + 40)] for i in range(100, 130)]
-    made = m.pack([*long, *short], batch_tokens=4096, row_tokens=120)
+    made = m.pack([*long, *short], batch_tokens=4096, blocks=m.Blocks(120, unit=64))
     assert [[len(seen) for seen in batch.seen] for batch in made] == [[384], [320], [128] * 10]
+    # Without a unit a block is as long as the longest of its batch; `tiny` is pre-trained so, and its bytes are cached.
+    plain = m.pack([*long, *short[:5]], batch_tokens=4096, blocks=m.Blocks(130))
+    assert [[len(seen) for seen in batch.seen] for batch in plain] == [[330], [300], [120] * 2]
     # A CPU runs attention block by block, as long as each is.
     assert {len(seen) for batch in m.pack([*long, *short], batch_tokens=4096) for seen in batch.seen} == {330, 300, 40}
 

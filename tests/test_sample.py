@@ -158,19 +158,25 @@ def test_running_out_of_memory_halves_the_documents_at_once_and_changes_no_text(
 )
 def test_running_out_of_memory_halves_what_is_read_at_once_and_changes_nothing(monkeypatch, read):
     lm = adapted()
-    want, plain, tried = read(lm), s.pack, []
+    want, plain, whole, calls, asked = read(lm), m.Packed.hidden, s.pack, [], []
 
-    def scarce(sequences, *, batch_tokens, **rest):
-        tried.append(batch_tokens)
-        if batch_tokens > room:
+    def small(rows, *, batch_tokens, blocks):
+        asked.append(batch_tokens)
+        return whole(rows, batch_tokens=batch_tokens // 64, blocks=m.Blocks(32))
+
+    def scarce(batch, model, *rest):
+        calls.append(batch)
+        if len(calls) in fails:
             raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
-        return plain(sequences, batch_tokens=batch_tokens, **rest)
+        return plain(batch, model, *rest)
 
-    monkeypatch.setattr(s, "pack", scarce)
-    room = 600
+    monkeypatch.setattr(s, "pack", small)
+    monkeypatch.setattr(m.Packed, "hidden", scarce)
+    fails = {2}  # when a first batch has been read
     np.testing.assert_allclose(read(lm), want, rtol=1e-4, atol=1e-5)
-    assert tried == [2048, 1024, 512]
-    room = 1
+    assert asked == [2048, 1024]
+    assert len(calls) > 3
+    fails = set(range(1000))
     with pytest.raises(m.OutOfMemory, match=r"a text of \d+ tokens while it is read, .* shorten the texts"):
         read(lm)
     assert all(module.served is None for module in m._adapted(lm).values())
@@ -291,6 +297,14 @@ class Recorded(TorchDispatchMode):
                     old.copy_(new)
 
 
+@pytest.fixture
+def one_kernel(monkeypatch):
+    """Attention to a cache as on a GPU."""
+    plain = m._attend_to_cache
+    monkeypatch.setattr(m, "_attend_to_cache", lambda *given, one_kernel: plain(*given, one_kernel=True))
+
+
+@pytest.mark.usefixtures("one_kernel")
 def test_shapes_of_a_graph_are_few_and_change_no_text(monkeypatch):
     lm, made, played = adapted(), [], []
     prompts, settings = PROMPTS * 6, GREEDY | {"temperature": 1.0, "max_new_tokens": 40}
@@ -320,6 +334,7 @@ def test_shapes_of_a_graph_are_few_and_change_no_text(monkeypatch):
     assert len(played) > 20
 
 
+@pytest.mark.usefixtures("one_kernel")
 def test_a_step_never_waits_for_the_device():
     # Tensors without values stop whatever would look at one, as a graph cannot hold it.
     from torch._subclasses.fake_tensor import FakeTensorMode
