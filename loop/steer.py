@@ -415,21 +415,12 @@ def _logps(model: Model, both: Sequence[Sequence[tuple[list[int], list[int]]]]) 
         return logits[r, token] - logits.logsumexp(-1)[r]
 
     out = torch.zeros(len(answers), dtype=torch.float64, device=model.device)
-    step = max(1, (1 << 24) // model.net.config.vocab_size)  # 64 MiB of logits, worked out again on the way back
     for batch in pack([[*p, *c[:-1]] for p, c in answers], batch_tokens=1 << 60, blocks=blocks_of(model)):
         hidden = batch.hidden(model)  # (n, hidden)
-        nodes, targets, owner = [], [], []
-        for i, path in zip(batch.members.tolist(), batch.paths, strict=True):
-            answer = answers[i][1]
-            nodes.append(path[-len(answer) :])  # the last prompt token predicts the first of the answer
-            targets.append(np.asarray(answer))
-            owner.append(np.full(len(answer), i))
-        used, row = np.unique(np.concatenate(nodes), return_inverse=True)  # logits once where the two still agree
-        target, of = np.concatenate(targets), torch.from_numpy(np.concatenate(owner)).to(model.device)
-        for low in range(0, len(used), step):
-            here = np.flatnonzero((row >= low) & (row < low + step))
-            states = hidden[torch.from_numpy(used[low : low + step]).to(model.device)]
-            r, token = (torch.from_numpy(v).to(model.device) for v in (row[here] - low, target[here]))
-            logp = checkpoint(picked, states, r, token, use_reentrant=False, preserve_rng_state=False)
-            out = out.index_add(0, of[torch.from_numpy(here).to(model.device)], logp.double())
+        targets = batch.targets(model, [answer for _, answer in answers])
+        owner = torch.from_numpy(targets.owner).to(model.device)
+        for rows, at in targets.slices:
+            given = hidden[targets.nodes[rows]], targets.row[at], targets.token[at]
+            logp = checkpoint(picked, *given, use_reentrant=False, preserve_rng_state=False)  # logits are not kept
+            out = out.index_add(0, owner[at], logp.double())
     return out.view(len(both), 2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -18,10 +19,10 @@ from loop.model import (
     blocks_of,
     encode_all,
     fits,
+    fitting,
     fresh_adapter,
     lora_parameters,
     pack,
-    ran_out,
     repeatable,
 )
 from loop.records import Document
@@ -72,35 +73,28 @@ class _WeightedNLL(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, row, target, share, ends):  # type: ignore[no-untyped-def]
+    def forward(ctx, hidden, weight, bias, share, targets):  # type: ignore[no-untyped-def]
         grad = torch.empty_like(hidden)
         loss = hidden.new_zeros((), dtype=torch.float64)
-        mass = torch.zeros(len(hidden), dtype=torch.float32, device=hidden.device).index_add_(0, row, share)
-        begin = 0
-        for low, end in zip(range(0, len(hidden), _slice_rows(weight)), ends, strict=True):
-            h = hidden[low : low + _slice_rows(weight)]
+        for rows, at in targets.slices:
+            h, r, t, s = hidden[rows], targets.row[at], targets.token[at], share[at]
             logits = torch.nn.functional.linear(h, weight, bias).float()
-            r, t, s = row[begin:end] - low, target[begin:end], share[begin:end]
-            begin = end
+            mass = torch.zeros(len(h), dtype=torch.float32, device=h.device).index_add_(0, r, s)
             top = logits.amax(-1, keepdim=True)
             picked = logits[r, t]
             p = logits.sub_(top).exp_()
             total = p.sum(-1, keepdim=True)
             loss += (s.double() * ((total.log() + top)[r, 0] - picked).double()).sum()
-            p.mul_(mass[low : low + len(h), None] / total)
+            p.mul_(mass[:, None] / total)
             p.index_put_((r, t), -s, accumulate=True)
-            torch.mm(p.to(weight.dtype), weight, out=grad[low : low + len(h)])
+            torch.mm(p.to(weight.dtype), weight, out=grad[rows])
         ctx.save_for_backward(grad)
         return loss
 
     @staticmethod
     def backward(ctx, upstream):  # type: ignore[no-untyped-def]
         (grad,) = ctx.saved_tensors
-        return grad * upstream.to(grad.dtype), None, None, None, None, None, None
-
-
-def _slice_rows(weight: torch.Tensor) -> int:
-    return max(1, (1 << 24) // weight.shape[0])  # 64 MiB of float32 logits
+        return grad * upstream.to(grad.dtype), None, None, None, None
 
 
 def finetune(
@@ -202,38 +196,34 @@ def finetune(
 
     parameters = list(lora_parameters(model).values())
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, fused=True)
-    micro, n_halved = int(team.agreed(micro_batch_tokens or _micro_batch_tokens(model), least=True)), 0
+    micro, n_tried = int(team.agreed(micro_batch_tokens or _micro_batch_tokens(model), least=True)), 0
     longest = max(len(p) + len(c) for p, c in pairs)
     losses, norms, computed = [], [], 0
     devices = [model.device] if model.device.type == "cuda" else []
+
+    def gradient(step: np.ndarray, size: int) -> tuple[torch.Tensor, int]:
+        nonlocal n_tried
+        n_tried += 1
+        optimizer.zero_grad(set_to_none=True)
+        total = mean_weight * float(n_tokens[step].sum())
+        return _accumulate(model, [pairs[i] for i in step], weights[step] / total, size)
+
     model.net.train()
     try:
-        with (
-            repeatable(model.device),
-            torch.random.fork_rng(devices=devices),
-        ):  # LoRA dropout draws from torch's global generator
+        with repeatable(model.device), torch.random.fork_rng(devices=devices):
+            # LoRA dropout draws from torch's global generator.
             torch.manual_seed((streams.key(seed, "dropout", round_index) >> 1) + team.rank())
             for k, step in enumerate(steps):
                 optimizer.param_groups[0]["lr"] = lr * _rate(k, len(steps), warmup, schedule)
-                total = mean_weight * float(n_tokens[step].sum())
-                while True:
-                    why = ""
-                    try:
-                        optimizer.zero_grad(set_to_none=True)
-                        part, tokens = _accumulate(model, [pairs[i] for i in step], weights[step] / total, micro)
-                    except RuntimeError as error:
-                        if not ran_out(error):
-                            raise
-                        why = str(error).splitlines()[0][:200]
-                    if not team.agreed(bool(why)):  # what one process cannot hold, all divide anew
-                        break
-                    if micro <= longest:
-                        raise OutOfMemory(
-                            f"memory must hold a forward and backward pass of {micro} tokens, the longest "
-                            f"document, got {why or 'too little in another process'!r} at step {k + 1} of "
-                            f"{len(steps)}; free memory, drop long documents, or take a smaller base"
-                        )
-                    micro, n_halved = max(longest, micro // 2), n_halved + 1
+                (part, tokens), micro = fitting(
+                    partial(gradient, step),
+                    micro,
+                    least=longest,
+                    what=f"a forward and backward pass of {longest} tokens, the longest document, at step {k + 1} of "
+                    f"{len(steps)}",
+                    instead="drop long documents, or take a smaller base",
+                    together=True,
+                )
                 loss, tokens = _add_up(model, part, tokens)
                 norm = float(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
                 if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -262,7 +252,7 @@ def finetune(
         n_input_tokens=epochs * sum(len(p) + len(c) for p, c in pairs),
         n_computed_tokens=computed,
         micro_batch_tokens=micro,
-        n_halved=n_halved,
+        n_halved=n_tried - len(steps),
         n_processes=team.size(),
     )
 
@@ -345,22 +335,11 @@ def _add_up(model: Model, loss: torch.Tensor, computed: int) -> tuple[float, int
 def _batch_loss(
     model: Model, batch: Packed, pairs: list[tuple[list[int], list[int]]], shares: np.ndarray
 ) -> torch.Tensor:
-    nodes, targets, weight = [], [], []
-    for i, path in zip(batch.members, batch.paths, strict=True):
-        completion = pairs[i][1]
-        nodes.append(path[-len(completion) :])  # the last prompt token predicts the first of the completion
-        targets.append(np.asarray(completion))
-        weight.append(np.full(len(completion), shares[i]))
-    used, row = np.unique(np.concatenate(nodes), return_inverse=True)  # logits once where documents still agree
+    targets = batch.targets(model, [completion for _, completion in pairs])
+    share = torch.from_numpy(shares[targets.owner].astype(np.float32)).to(model.device)
     head = model.net.get_output_embeddings()
-    # Targets by slice of rows, in their order within one, so that a GPU need not be asked which are whose.
-    part = row // _slice_rows(head.weight)
-    order = np.argsort(part, kind="stable")
-    ends = np.searchsorted(part[order], np.arange(1, -(-len(used) // _slice_rows(head.weight)) + 1)).tolist()
-    given = (used, row[order], np.concatenate(targets)[order], np.concatenate(weight)[order].astype(np.float32))
-    at, rows, target, share = (torch.from_numpy(values).to(model.device) for values in given)
     hidden = batch.hidden(model)  # (n, hidden)
-    return _WeightedNLL.apply(hidden[at], head.weight, head.bias, rows, target, share, ends)
+    return _WeightedNLL.apply(hidden[targets.nodes], head.weight, head.bias, share, targets)
 
 
 def _rate(k: int, n: int, warmup: float, schedule: str) -> float:

@@ -193,7 +193,7 @@ def test_logits_in_slices_are_logits_at_once(monkeypatch):
     lm, given = fine_tuned(), some_pairs(4)
     both = [m.encode_all(lm, [(p.prompt, p.chosen), (p.prompt, p.rejected)]) for p in given]
     whole = steer._logps(lm, both).detach()
-    monkeypatch.setattr(lm.net.config, "vocab_size", 1 << 22)  # slices of 4 rows
+    monkeypatch.setattr(m, "LOGITS", 4 * lm.net.config.vocab_size)  # slices of 4 rows
     torch.testing.assert_close(steer._logps(lm, both).detach(), whole)
     want = [[logp(lm, p.prompt, p.chosen), logp(lm, p.prompt, p.rejected)] for p in given]
     torch.testing.assert_close(whole, torch.tensor(want, dtype=torch.float64), atol=1e-3, rtol=1e-5)
