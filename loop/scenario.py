@@ -715,6 +715,7 @@ def _section(about: Mapping[str, Any], rows: pd.DataFrame, main: Finding | None)
     made_by = sorted({made["revision"] for made in about["runs"].values()})
     revisions = [re.sub(r"(?<=^[0-9a-f]{12})[0-9a-f]{28}", "", revision) for revision in made_by]
     lines.append(f"- Played by revision {', '.join(revisions)} of the code")
+    lines += _starts(about, rows)
     power = about["power"]
     if power:
         when = "before the run" if power["played"] == 0 else f"when {power['played']} runs were played already"
@@ -768,6 +769,36 @@ def _section(about: Mapping[str, Any], rows: pd.DataFrame, main: Finding | None)
                 "that makes them 0 or 1 repeat main effects, and the share is the scale to read.",
             ]
     return lines + _beside(about, rows)
+
+
+def _starts(about: Mapping[str, Any], rows: pd.DataFrame) -> list[str]:
+    """Says which arms start from one round 0, told by equal frequencies in each seed that both played.
+
+    Arms of a sweep share it where all that it reads is equal. Where a config differs there, or another processor
+    rounded otherwise, they are paired by their seed alone, and the noise of reading round 0 does not cancel. Nothing is
+    said where all share it.
+    """
+    is_start = (rows["round"] == 0) & rows["metric"].str.startswith("frequency") & rows["value"].notna()
+    told = rows[is_start & (rows["population"] == "probes") & (rows["stratum"] == "")]
+    starts: dict[str, dict[int, set[tuple[str, float]]]] = {}
+    for arm, seed, metric, value in told[["arm", "seed", "metric", "value"]].itertuples(index=False):
+        starts.setdefault(arm, {}).setdefault(seed, set()).add((metric, value))
+    groups: list[list[str]] = []
+    for arm in (arm for arm in about["arms"] if arm in starts):
+        for group in groups:
+            both = starts[arm].keys() & starts[group[0]].keys()
+            if both and all(starts[arm][seed] == starts[group[0]][seed] for seed in both):
+                group.append(arm)
+                break
+        else:
+            groups.append([arm])
+    if len(groups) < 2:
+        return []
+    shared = "; ".join(" and ".join([", ".join(g[:-1]), g[-1]]) for g in groups if len(g) > 1)
+    alone = ", ".join(g[0] for g in groups if len(g) == 1)
+    if not shared:
+        return ["- Round 0: each arm has its own, so that pairs have the seed in common alone"]
+    return [f"- Round 0 is one for {shared}" + (f"; of its own for {alone}" if alone else "")]
 
 
 def _beside(about: Mapping[str, Any], rows: pd.DataFrame) -> list[str]:

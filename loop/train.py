@@ -219,9 +219,9 @@ def finetune(
                     partial(gradient, step),
                     micro,
                     least=longest,
-                    what=f"a forward and backward pass of {longest} tokens, the longest document, at step {k + 1} of "
-                    f"{len(steps)}",
+                    what=f"a forward and backward pass of {longest} tokens, the longest document",
                     instead="drop long documents, or take a smaller base",
+                    at=f"step {k + 1} of {len(steps)}",
                     together=True,
                 )
                 loss, tokens = _add_up(model, part, tokens)

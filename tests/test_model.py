@@ -153,6 +153,53 @@ def test_empty_sequence_is_refused():
         m.pack([[1], []], batch_tokens=8)
 
 
+def test_a_batch_predicts_each_completion_from_the_tokens_before_it_in_slices_of_hidden_states(lm, monkeypatch):
+    # Prompts are alike, [5, 6]: one hidden state, that of 6, predicts the first token of both completions.
+    completions = [[7, 8], [9]]
+    (batch,) = m.pack([[5, 6, 7], [5, 6]], batch_tokens=16)
+    ids = batch.ids.flatten().tolist()
+
+    def found(targets):
+        return [
+            {
+                (ids[targets.nodes[rows][r]], token, owner)
+                for r, token, owner in zip(
+                    targets.row[at].tolist(), targets.token[at].tolist(), targets.owner[at], strict=True
+                )
+            }
+            for rows, at in targets.slices
+        ]
+
+    assert found(batch.targets(lm, completions)) == [{(6, 7, 0), (6, 9, 1), (7, 8, 0)}]
+    monkeypatch.setattr(m, "LOGITS", lm.net.config.vocab_size)  # slices of one row
+    assert found(batch.targets(lm, completions)) == [{(6, 7, 0), (6, 9, 1)}, {(7, 8, 0)}]
+
+
+def test_what_another_process_cannot_hold_is_done_anew_by_all_and_ends_all(monkeypatch):
+    tried, asked = [], []
+
+    def work(size):
+        tried.append(size)
+        if size > 8:
+            raise RuntimeError("\nout of memory")  # torch may begin with an empty line
+        return size
+
+    def another(failed):
+        asked.append(failed)
+        return failed or tried[-1] > 2
+
+    monkeypatch.setattr(m.team, "agreed", another)
+    given = {"what": "a text", "instead": "or take fewer"}
+    assert m.fitting(work, 16, least=1, **given, together=True) == (2, 2)
+    assert (tried, asked) == ([16, 8, 4, 2], [True, False, False, False])
+    assert m.fitting(work, 16, least=1, **given) == (8, 8)  # alone none is asked
+    assert len(asked) == 4
+    with pytest.raises(m.OutOfMemory, match="got 'too little in another process' at step 3; free memory, or take"):
+        m.fitting(work, 8, least=4, **given, at="step 3", together=True)
+    with pytest.raises(m.OutOfMemory, match="memory must hold a text, got 'out of memory'; free"):
+        m.fitting(work, 16, least=16, **given)
+
+
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # peft asks transformers in an old way
 def test_adapter_equals_peft(lm, tmp_path):
     from peft import PeftModel

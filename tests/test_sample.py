@@ -379,10 +379,13 @@ def test_sampling_leaves_base_adapter_and_random_state_alone():
     assert all(module.served is None for module in m._adapted(lm).values())
 
 
-def test_surprisal_is_the_summed_nll_of_completion_and_end(lm):
+def test_surprisal_is_the_summed_nll_of_completion_and_end(lm, monkeypatch):
     lm = adapted()
     pairs = [(turns, TEXTS[i % 4]) for i, turns in enumerate(PROMPTS)]
     nats, n_tokens = s.surprisal(lm, pairs)
+    with monkeypatch.context() as few:
+        few.setattr(m, "LOGITS", 3 * lm.net.config.vocab_size)  # logits of 3 hidden states at once
+        np.testing.assert_allclose(s.surprisal(lm, pairs)[0], nats, rtol=1e-6)
     for (turns, text), got, n in zip(pairs, nats, n_tokens, strict=True):
         prompt, completion = m.encode(lm, turns, text)
         with torch.no_grad():

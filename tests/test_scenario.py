@@ -161,6 +161,21 @@ def test_health_is_shown_as_difference_to_real_only_else_to_the_first_control_wh
     assert alone[3] == "| full | 1.100 |"
 
 
+def test_the_page_says_which_arms_start_from_one_round_0_where_not_all_do():
+    start = {s: [0.1 * s, 0.5] for s in range(3)}
+    moved = start | {2: [0.21, 0.5]}  # one seed is enough
+    given = about(arms=["neutral", "full", "placebo", "later", "swap"])
+    rows = rows_of(
+        {"neutral": start, "full": start, "placebo": moved, "later": {2: [0.21, 0.1]}, "swap": {0: [0.9, 0.1]}}
+    )
+    want = "- Round 0 is one for neutral and full; placebo and later; of its own for swap"
+    assert scenario._starts(given, rows) == [want]
+    assert want in scenario._section(given, rows, scenario.judge(given, rows))
+    assert scenario._starts(given, rows_of({"neutral": start, "full": start})) == []
+    assert scenario._starts(given, rows_of({"neutral": start, "full": start}, metric="heldout_loss")) == []
+    assert "each arm has its own" in scenario._starts(given, rows_of({"neutral": start, "placebo": moved}))[0]
+
+
 def test_a_seed_that_lacks_its_pair_or_its_final_round_is_left_out():
     values = {arm: dict(seeds) for arm, seeds in RISES.items()}
     values["full"][3] = [0.1, 0.9]  # no neutral run
