@@ -52,7 +52,7 @@ report: $(READY)  ## one HTML page of RUN (a run, a folder of runs, a sweep file
 dashboard: $(READY)  ## mirror RUN to W&B and save its dashboard there; needs a W&B key
 	$(BIN)/loop track $(RUN) --dashboard
 
-bench: $(READY)  ## a round beside the same from stock TRL and generate, growth, docs/performance.md; over 80 minutes, quiet machine
+bench: $(READY)  ## a round beside the same from stock TRL and generate, growth, docs/performance.md; about three hours, quiet machine
 	$(BIN)/python benchmarks/bench.py
 	$(BIN)/python benchmarks/growth.py
 	$(BIN)/python benchmarks/performance.py

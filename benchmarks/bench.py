@@ -7,7 +7,9 @@ Ours is `run.play` on configs/round.yaml with those sizes: a run that has played
 the same command does for a user. benchmarks/stock_round.py gets the documents, prompts and settings of that round 1.
 Two shapes: the documents of the config, and the same after a context that all prompts share. Which side goes first
 changes from pair to pair. Seconds of ours are those of events.jsonl; load is everything from the start of the process
-to the first stage; bookkeeping is what no other stage has. Trailing key=value override the config for both sides.
+to the first stage; bookkeeping is what no other stage has. The measurement is that of the config's defaults, DEFAULTS.
+A third side, `tuned`, is stock without its recomputing of activations, the one setting of TRL that a careful reader
+would turn first; of interest is its training alone. Trailing key=value override the config for all sides.
 --brief, for a machine that is lent by the minute: the first shape alone, no profiles, no repeated starts.
 benchmarks/performance.py turns the file into a page.
 """
@@ -37,6 +39,7 @@ sys.path.insert(0, str(ROOT))
 
 CONFIG, STOCK = ROOT / "configs" / "round.yaml", ROOT / "benchmarks" / "stock_round.py"
 OUT = ROOT / "docs" / "performance" / "round.json"
+DEFAULTS = ("n_surprisal", "n_heldout")  # of `measure`; configs/round.yaml has fewer, to be over in five minutes
 STAGES = ("load", "train", "sample", "classify", "measure", "bookkeeping")
 MEASURE = ("probe", "measure", "candidates")  # what the loop's `measure` is made of
 TIMES = {"default": 3.0, "context": 4.0}  # how many times quicker a round of each shape is to be
@@ -219,23 +222,28 @@ def limits(job: dict[str, Any]) -> dict[str, float]:
 
 def first_work(job: dict[str, Any]) -> dict[str, float]:
     """When `loop run` has its libraries and when it begins its first stage, on the clock; nothing is played."""
-    import loop.__main__  # noqa: F401  what the command imports before it looks at its arguments
-    from loop import run
+    from loop import __main__ as command
+    from loop import run, show  # noqa: F401  what the command imports when it knows what to do
 
-    config = _config(job)
-    if config.learner == "lm":  # what reading the base would import
+    if _config(job).learner == "lm":  # what reading the base would import
         from transformers import AutoTokenizer, LlamaForCausalLM  # noqa: F401
     imported = time.monotonic()
+    play = run.play
 
     class Begun(Exception):
         pass
 
-    def report(kind: str, **fields: Any) -> None:
-        if kind == "stage" and fields["stage"] != "load base":
-            raise Begun
+    def until_it_begins(config: Any, *, report: Callable[..., None], **settings: Any) -> None:
+        def watched(kind: str, **fields: Any) -> None:
+            report(kind, **fields)
+            if kind == "stage" and fields["stage"] != "load base":
+                raise Begun
 
+        play(config, report=watched, **settings)
+
+    run.play = until_it_begins
     with suppress(Begun):
-        run.play(config, report=report)
+        command.app(["run", job["config"], *job["overrides"]], standalone_mode=False)
     return {"imported": imported, "begun": time.monotonic()}
 
 
@@ -499,22 +507,27 @@ def missed(found: dict[str, Any]) -> list[tuple[str, str]]:
 
 def compare(args: argparse.Namespace) -> dict[str, Any]:
     """Runs all there is to run; see the head of this file."""
+    from loop.config import Measure
+
     with tempfile.TemporaryDirectory(prefix="persona-loop-bench-") as scratch:
         root = Path(scratch)
         cache = private_cache(root)
         shutil.copy(CONFIG, root)  # edited meanwhile, it would be another run's
         base = str(random_base(args.base, root)) if args.base in RANDOM else args.base
+        measured = {name: Measure.model_fields[name].default for name in DEFAULTS}
         overrides = [
             f"base.model={base}",
             f"base.device={args.device}",
             f"mix.n_train={args.documents}",
             f"sample.n_samples={args.samples}",
             f"sample.max_new_tokens={args.max_new_tokens}",
+            *(f"measure.{name}={n}" for name, n in measured.items()),
             *(["filters.enabled=false"] if args.base in RANDOM else []),  # noise rarely passes them
             *args.overrides,
         ]
         settings = {name: getattr(args, name) for name in ("documents", "samples", "max_new_tokens", "base", "device")}
-        found: dict[str, Any] = {"settings": settings | {"overrides": args.overrides}, "machine": machine(args.device)}
+        settings |= {"measure": measured, "overrides": args.overrides}
+        found: dict[str, Any] = {"settings": settings, "machine": machine(args.device)}
         found["limits"] = {"flops": 0.0} | {
             k: v for k, v in child("limits", {"device": args.device}).items() if k in ("flops", "copy_bytes")
         }
@@ -543,20 +556,19 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
             sizes = shapes[shape]["batch_sizes"] = {k: v for k, v in tried.items() if k.isdigit()}
             best = max(sizes, key=lambda k: sizes[k])
             say(f"{shape}: stock generate, useful tokens/s by batch size: {sizes}")
+            few = stock_job | {"prompts": stock_job["prompts"][:2]}
             sides = {
                 "stock": lambda given=stock_job, best=best: play_stock(given, ["--batch-size", best, *on]),
                 "ours": lambda given=job: play_ours(given, root, cache),
+                "tuned": lambda given=few: play_stock(given, ["--no-checkpointing", "--no-measure", *on]),
             }
             for k in range(args.pairs):
-                pair = {}
-                for side in sorted(sides, reverse=k % 2 == 0):  # stock first, then ours first, and so on
+                pair, order = {}, [*sides]
+                for side in order[k % 3 :] + order[: k % 3]:
                     pair[side] = sides[side]()
                     say(f"{shape}, pair {k + 1}: {side} {sum(pair[side]['seconds'].values()):.1f} s")
                 shapes[shape]["pairs"].append(pair)
         found["shapes"] = shapes
-        # The one setting of TRL that a careful reader would turn first; of interest is its training alone.
-        few = jobs["default"][1] | {"prompts": jobs["default"][1]["prompts"][:2]}
-        found["tuned"] = play_stock(few, ["--no-checkpointing", "--no-measure", *on])
         found |= {"profiles": {}, "start": {}}
         if args.brief:
             return found

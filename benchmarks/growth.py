@@ -129,8 +129,15 @@ def documents(config: Path, overrides: Sequence[str], sizes: Sequence[int], n_ro
     return out
 
 
-def tokens(joined: Sequence[int], longest: Sequence[int], n: int) -> dict[str, list[dict[str, float]]]:
-    """Seconds of training against tokens trained, and of sampling against tokens sampled, n documents each."""
+def tokens(joined: Sequence[int], longest: Sequence[int], n: int) -> dict[str, Any]:
+    """Seconds of training against tokens trained, and of sampling against tokens sampled, n documents each.
+
+    Returns:
+      train, sample; and sample_ops, whose a faster growth is: operation -> microseconds a token of the shortest and of
+      the longest texts, of the operations that take most of the longest.
+    """
+    import torch
+
     from loop import calibrate, model
     from loop.learner import LM
     from loop.records import Document, Prompt
@@ -138,26 +145,36 @@ def tokens(joined: Sequence[int], longest: Sequence[int], n: int) -> dict[str, l
     texts = calibrate.persona_free()
     base = model.load("tiny", device="cpu", documents=texts)
     learner = LM(base, **ADAPTER, epochs=1, lr=1e-4, batch_size=8, max_length=512)
-    said = [d.completion for d in texts if 20 < len(d.completion) < 80]
+    short = [d.completion for d in texts if 20 < len(d.completion) < 80]
     train, sample = [], []
     for k in joined:
         made = [
-            Document(f"real/{i}", "real", None, None, " ".join(said[(i * k + j) % len(said)] for j in range(k)))
+            Document(f"real/{i}", "real", None, None, " ".join(short[(i * k + j) % len(short)] for j in range(k)))
             for i in range(n)
         ]
         seconds = min(_timed(lambda made=made: learner.train(made, seed=0, init_from="base")) for _ in range(3))
         assert learner.log is not None
         train.append({"tokens": learner.log.n_input_tokens, "seconds": seconds})
     prompts = [Prompt("neutral", "t", (f"Say something about {i}.",)) for i in range(n)]
+
+    def said(k: int) -> int:
+        found = learner.sample(prompts, temperature=5.0, top_p=1.0, max_new_tokens=k, seed=0)
+        return sum(c.n_tokens for c in found)
+
     for k in longest:
         seconds, made_tokens = float("inf"), 0
         for _ in range(3):
             started = time.process_time()
-            found = learner.sample(prompts, temperature=5.0, top_p=1.0, max_new_tokens=k, seed=0)
+            made_tokens = said(k)
             seconds = min(seconds, time.process_time() - started)
-            made_tokens = sum(c.n_tokens for c in found)
         sample.append({"tokens": made_tokens, "seconds": seconds})
-    return {"train": train, "sample": sample}
+    spent = []
+    for k in (longest[0], longest[-1]):
+        with torch.profiler.profile() as watch:
+            made_tokens = said(k)
+        spent.append({e.key: e.self_cpu_time_total / made_tokens for e in watch.key_averages()})
+    most = sorted(spent[1], key=lambda op: -spent[1][op])[:6]
+    return {"train": train, "sample": sample, "sample_ops": {op: [of.get(op, 0.0) for of in spent] for op in most}}
 
 
 def _timed(work: Callable[[], object]) -> float:

@@ -57,8 +57,9 @@ HOW = [
     "which plans each new shape anew. Shapes, what a graph holds and that a step waits for no value are tested on a "
     "CPU.",
     "- `measure.every` says in which rounds probes are asked, which is the line measure below.",
-    "- What changes numbers is an option: `base.dtype`, `sample.engine`. Their effects on frequencies: "
-    "[findings](findings.md#numerics-tiny).",
+    "- What changes numbers is an option: `base.dtype`, `sample.engine`. Their effects on frequencies, with a model of "
+    "size tiny on a CPU: [findings](findings.md#numerics-tiny). With SmolLM2, and on a GPU, where bfloat16 is the "
+    "default, they are not measured.",
 ]
 LINEAR = 1.1  # and growth linear where the exponent is not above this
 
@@ -70,7 +71,7 @@ def command(settings: dict[str, Any], file: str) -> str:
         for name, value in settings.items()
         if name != "overrides" and value != ON_CPU[name]
     ]
-    out = [] if file == "round" else [f"--out docs/performance/{file}.json"]
+    out = [] if file == "round" else ["--brief", f"--out docs/performance/{file}.json"]
     return " ".join(["python benchmarks/bench.py", *flags, *out, *settings["overrides"]])
 
 
@@ -146,15 +147,28 @@ def _sides(shape: dict[str, Any]) -> tuple[list[dict[str, Any]], list[dict[str, 
 
 def targets(found: dict[str, Any]) -> list[str]:
     """Rows of the table of targets on a CPU: what, target, reached, verdict, the same by pair or repeat."""
-    rows: list[tuple[str, str, str, bool, str]] = []
+    rows: list[tuple[str, str, str, str, str]] = []
+
+    def verdict(reached: Sequence[bool], middle: bool) -> str:
+        """Of the median, and whether every pair or repeat would have said so."""
+        split = "" if all(reached) or not any(reached) else f", {sum(reached)} of {len(reached)} reach it"
+        return ("reached" if middle else "**not reached**") + split
 
     def at_least(what: str, wanted: float, by_pair: Sequence[float]) -> None:
         got, each = statistics.median(by_pair), ", ".join(f"{ratio:.2f}" for ratio in by_pair)
-        rows.append((what, f"≥ {wanted:g} times", f"{got:.2f}", got >= wanted, each))
+        word = verdict([ratio >= wanted for ratio in by_pair], got >= wanted)
+        rows.append((what, f"≥ {wanted:g} times", f"{got:.2f}", word, each))
 
-    def below(what: str, wanted: float, got: float, unit: str, note: str = "") -> None:
-        shown = (f"{wanted:.0%}", f"{got:.1%}") if unit == "%" else (f"{wanted:g} {unit}", f"{got:.2f} {unit}")
-        rows.append((what, f"≤ {shown[0]}", shown[1], got <= wanted, note))
+    def below(what: str, wanted: float, by_pair: Sequence[float], unit: str, note: str = "") -> None:
+        def shown(value: float, digits: int) -> str:
+            return f"{value:.{digits}%}" if unit == "%" else f"{value:.{digits + 1}f} {unit}"
+
+        got, word = (
+            statistics.median(by_pair),
+            verdict([x <= wanted for x in by_pair], statistics.median(by_pair) <= wanted),
+        )
+        limit = f"{wanted:.0%}" if unit == "%" else f"{wanted:g} {unit}"
+        rows.append((what, f"≤ {limit}", shown(got, 1), word, note or ", ".join(shown(x, 1) for x in by_pair)))
 
     for name, label in (("default", "documents of the config"), ("context", "prompts after a context")):
         for stage, how in (("without", "not measured"), ("with", "measured")):
@@ -164,21 +178,27 @@ def targets(found: dict[str, Any]) -> list[str]:
     default = found["shapes"]["default"]
     at_least("training", 2.5, bench.by_pair(default, "train"))
     at_least("sampling, useful tokens", 2.5, bench.by_pair(default, "tokens"))
-    _, ours = _sides(default)
-    mine = {stage: bench.median(ours, stage) for stage in (*bench.STAGES, "without")}
-    rest = mine["classify"] + mine["bookkeeping"]
-    below("bookkeeping and labels, share of the round, not measured", 0.1, rest / mine["without"], "%")
-    below("measurement, share of train + sample", 0.5, mine["measure"] / (mine["train"] + mine["sample"]), "%")
+    mine = [row["seconds"] for row in _sides(default)[1]]
+    rest = [s["classify"] + s["bookkeeping"] for s in mine]
+    round_ = [sum(s.values()) - s["measure"] for s in mine]
+    label = "bookkeeping and labels, share of the round, not measured"
+    below(label, 0.1, [a / b for a, b in zip(rest, round_, strict=True)], "%")
+    below(
+        f"{label}, its load left out",
+        0.1,
+        [a / (b - s["load"]) for a, b, s in zip(rest, round_, mine, strict=True)],
+        "%",
+    )
+    sizes = ", ".join(f"{name} {n}" for name, n in found["settings"]["measure"].items())
+    share = [s["measure"] / (s["train"] + s["sample"]) for s in mine]
+    below(f"measurement ({sizes}), share of train + sample", 0.5, share, "%")
     for name, took in found["start"].items():
         text = f"`{name}`" if name.endswith("--help") else f"`{name}` to its first stage"
         note = f"median of {len(took['seconds'])}"
         if "imports" in took:
             note += f"; imports are {statistics.median(took['imports']):.2f} s of it"
-        below(text, 0.5 if name.endswith("--help") else 5, statistics.median(took["seconds"]), "s", note)
-    return [
-        f"| {what} | {wanted} | {got} | {'reached' if ok else '**not reached**'} | {note} |"
-        for what, wanted, got, ok, note in rows
-    ]
+        below(text, 0.5 if name.endswith("--help") else 5, took["seconds"], "s", note)
+    return [f"| {' | '.join(row)} |" for row in rows]
 
 
 def gpu(folder: Path) -> list[str]:
@@ -220,7 +240,8 @@ def rounds(found: dict[str, Any]) -> list[str]:
     out = [
         f"{m['cores']} cores of {m.get('gpu') or m['cpu']}; {versions}; revision {m['revision']}. Base {s['base']}, "
         f"{s['documents']} training documents, {s['samples']} samples of up to {s['max_new_tokens']} tokens; the rest "
-        "as in configs/round.yaml"
+        "as in configs/round.yaml, measured with "
+        + " and ".join(f"{name} {n}" for name, n in s["measure"].items())
         + (f", with {' '.join(s['overrides'])}" if s["overrides"] else "")
         + f". Stock `generate` by batch size, useful tokens a second: {tried}.",
         f"The machine multiplies matrices at {limit['flops']:.3g} operations a second"
@@ -245,8 +266,6 @@ def rounds(found: dict[str, Any]) -> list[str]:
     for name, shape in found["shapes"].items():
         out += bench.lines(name, shape, limit)
     out.append("```")
-    tuned = found["tuned"]["seconds"]["train"]
-    quicker = bench.median(stock, "without") - bench.median(stock, "train") + tuned
     mine = {stage: bench.median(ours, stage) for stage in (*bench.STAGES, "without")}
     rest = mine["load"] + mine["classify"] + mine["bookkeeping"]
     out += [
@@ -254,17 +273,39 @@ def rounds(found: dict[str, Any]) -> list[str]:
         "Load is everything from the start of the process to the first stage, imports included. Ours trains with the "
         "weights of the documents and stores every file with its hash; stock ignores the weights. Classify of ours "
         "reads probes and real documents too, with two instruments; stock reads its samples with one, and its probes "
-        "under measure.",
+        "under measure, where ours also works out its intervals.",
         "",
-        f"TRL recomputes activations by default. Without that its training takes {tuned:.1f} s (one run), "
-        f"{tuned / mine['train']:.2f} times ours; with that training in place of the other its round, not measured, "
-        f"would take {quicker:.1f} s, {quicker / mine['without']:.2f} times ours. The ratios above are against its "
-        "defaults.",
+        "TRL recomputes activations by default; the ratios above are against its defaults. Without that its training, "
+        "and the round not measured with that training in place of the other, take as many times what ours does:",
+        *tuned(found),
         "",
         f"Shape `default` of ours, not measured, is {mine['train'] + mine['sample']:.1f} s of training and sampling "
         f"and {rest:.1f} s of all else (load, classify, bookkeeping). For 3 times, training and sampling together "
         f"would have to take {bench.median(stock, 'without') / 3 - rest:.1f} s.",
     ]
+    return out
+
+
+def tuned(found: dict[str, Any]) -> list[str]:
+    """Stock without recomputing beside ours, in the pairs in which it was played; a line a shape."""
+    out = []
+    for name, shape in found["shapes"].items():
+        pairs = [pair for pair in shape["pairs"] if "tuned" in pair]
+        if not pairs:
+            continue
+        train = [pair["tuned"]["seconds"]["train"] for pair in pairs]
+        times = [a / pair["ours"]["seconds"]["train"] for a, pair in zip(train, pairs, strict=True)]
+        rounds_ = [
+            (bench.median([p["stock"]], "without") - p["stock"]["seconds"]["train"] + a)
+            / bench.median([p["ours"]], "without")
+            for a, p in zip(train, pairs, strict=True)
+        ]
+        listed = [", ".join(f"{x:.2f}" for x in row) for row in (times, rounds_)]
+        out.append(
+            f"- {name}, in {len(pairs)} of {len(shape['pairs'])} pairs: training {statistics.median(times):.2f} times "
+            f"({statistics.median(train):.1f} s; by pair {listed[0]}), the round {statistics.median(rounds_):.2f} "
+            f"({listed[1]})."
+        )
     return out
 
 
@@ -327,11 +368,14 @@ def growth(found: dict[str, Any]) -> list[str]:
         power = exponent(rows, of)
         word = "linear" if power <= LINEAR else "**more than linear**"
         out.append(f"| {name} | {listed} | {power:.2f} | {word} |")
+    if "sample_ops" in found:
+        listed = ", ".join(f"{op} {a:.1f} to {b:.1f}" for op, (a, b) in found["sample_ops"].items())
+        out += ["", f"Sampling, microseconds a token by operation, of its shortest texts to its longest: {listed}."]
     out += [
         "",
-        "Exponent: d log seconds / d log size, least squares over the three largest sizes; 1 is linear, below 1 a "
-        f"fixed cost still shows; up to {LINEAR:g} is called linear. The rounds of the first two rows are not measured "
-        "(probes, intervals); those below are.",
+        "Asked: linear in documents and in tokens. Exponent: d log seconds / d log size, least squares over the three "
+        f"largest sizes; 1 is linear, below 1 a fixed cost still shows; up to {LINEAR:g} is called linear. The rounds "
+        "of the first two rows are not measured (probes, intervals); those below are.",
         "",
         "| run | median | change from the first round to the last, 95% | |",
         "|---|---|---|---|",
@@ -354,8 +398,9 @@ def growth(found: dict[str, Any]) -> list[str]:
             out.append(f"| {name}, {of_runs}, {what} | {median:.3f} | {found_out} | {word} |")
     out += [
         "",
-        "Change: a straight line through the rounds after the first quarter, over the length of the run, as a share of "
-        "the median, its error for neighbouring rounds as alike as they are; flat where its interval lies within "
+        f"Asked: seconds a round flat over 200 rounds, resident memory over 200 toy and {SHORT} tiny ones. Change: a "
+        "straight line through the rounds after the first quarter, over the length of the run, as a share of the "
+        "median, its error for neighbouring rounds as alike as they are; flat where its interval lies within "
         f"±{FLAT:.0%}.",
     ]
     stages = by_stage(found["tiny_rounds"]["rounds"])

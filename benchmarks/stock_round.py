@@ -110,18 +110,21 @@ def sample(
 
 
 def surprisal(model: Any, tokenizer: Any, documents: Sequence[dict[str, str]], batch_size: int = 16) -> list[float]:
-    """Returns nats of each completion given its prompt, end token included."""
-    out: list[float] = []
+    """Returns nats of each completion given its prompt, end token included; read in the order of their length."""
+    order = sorted(range(len(documents)), key=lambda i: len(documents[i]["prompt"]) + len(documents[i]["completion"]))
+    out = [0.0] * len(documents)
     with torch.inference_mode():
-        for low in range(0, len(documents), batch_size):
-            part = documents[low : low + batch_size]
+        for low in range(0, len(order), batch_size):
+            chosen = order[low : low + batch_size]
+            part = [documents[i] for i in chosen]
             prompts = [tokenizer(d["prompt"], add_special_tokens=False).input_ids for d in part]
             said = [tokenizer(d["completion"], add_special_tokens=False).input_ids for d in part]
             rows = [[*p, *c, tokenizer.eos_token_id] for p, c in zip(prompts, said, strict=True)]
             batch = tokenizer.pad({"input_ids": rows}, return_tensors="pt").to(model.device)
             logits = model(**batch, use_cache=False).logits[:, :-1].float()  # (rows, n - 1, vocab)
             nll = torch.nn.functional.cross_entropy(logits.transpose(1, 2), batch["input_ids"][:, 1:], reduction="none")
-            out += [float(line[-len(c) - 1 :].sum()) for line, c in zip(nll, said, strict=True)]
+            for i, line, c in zip(chosen, nll, said, strict=True):
+                out[i] = float(line[-len(c) - 1 :].sum())
     return out
 
 

@@ -569,6 +569,12 @@ class Config(_Section):
                 f"classify.instrument: no shipped instrument reads {', '.join(own)}{_did_you_mean(own[0], PERSONAS)}; "
                 "bring your own, file.py:function, or give the texts to one of " + ", ".join(PERSONAS[:-1])
             )
+        others = {p for p in self.personas if self.may_hold(p)} - {"assistant", "human"}
+        if self.steer is not None and len(others) > 1 and others <= set(self.steer.against):
+            raise ValueError(
+                f"steer.against must leave a persona of real.shares beside the assistant, got all of them: "
+                f"{', '.join(sorted(others))}; name those the question is about"
+            )
         release = self.filters.release
         if self.learner == "toy" and self.steer is not None:
             raise ValueError("steer must be null for learner toy, which has no gradient; use learner lm")

@@ -30,7 +30,27 @@ BLANK, NEUTRAL, IDENTITY = "blank", "neutral", "identity"
 IMPLICIT = ("implicit_0", "implicit_1", "implicit_2", "implicit_3")
 STRATA = (BLANK, NEUTRAL, IDENTITY, *IMPLICIT, "opinion", "continued", "private", "explicit")
 PLAIN = "private/plain"  # the part of stratum private before which no persona spoke: what `belief` reads
-POPULATIONS = ("probes", "samples", "accepted", "mixture", "heldout", "users", "discourse")  # of metrics.jsonl
+# Of metrics.jsonl: what stands before a name's first slash -> the populations that it is read in, in every round. What
+# the baseline states of a release filter, once, on held-out texts, is not among it.
+METRICS: dict[str, tuple[str, ...]] = {
+    "frequency": ("probes", "samples", "accepted"),
+    "frequency_observed": ("probes", "samples", "accepted", "mixture"),
+    **dict.fromkeys(("belief", "belief_observed", "kept", "persistence", "compliance", "mirror_rate"), ("probes",)),
+    **dict.fromkeys(("mirror_rate_observed", "agrees_observed"), ("probes",)),
+    **dict.fromkeys(("claimed_maker", "sample_entropy", "finished_rate", "distinct_4"), ("probes",)),
+    **dict.fromkeys(("self_similarity", "kl_to_base", "kappa_second", "drift", "drift_p"), ("probes",)),
+    **dict.fromkeys(("surprisal", "heldout_loss"), ("heldout",)),
+    **dict.fromkeys(("said", "acceptance", "rejected", "ledger", "ledger_corrected"), ("samples",)),
+    **dict.fromkeys(("release_recall", "release_fpr"), ("samples",)),
+    **dict.fromkeys(("n_eff", "top1_share", "clip_rate", "mean_cascade", "differential"), ("accepted",)),
+    **dict.fromkeys(("documents", "quoted_share", "named_share", "named", "stance", "published_share"), ("discourse",)),
+    **dict.fromkeys(("aware", "asked", "answered", "demand", "supply"), ("users",)),
+    **dict.fromkeys(("real_share", "discourse_share"), ("mixture",)),
+    **dict.fromkeys(("steer_margin_before", "steer_margin_after", "steer_accuracy_before"), ("pairs",)),
+    **dict.fromkeys(("steer_accuracy_after", "steer_chosen_shift", "steer_rejected_shift"), ("pairs",)),
+    "steer_own_share": ("pairs",),
+}
+POPULATIONS = tuple(dict.fromkeys(population for where in METRICS.values() for population in where))
 UNREQUESTED = (BLANK, NEUTRAL, IDENTITY, *IMPLICIT)  # the public mixture behind the headline frequency
 
 SOURCES = ("real", "synthetic", "discourse")

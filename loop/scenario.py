@@ -52,6 +52,7 @@ DONE = {
         "",
     ): "share called hers by the release filter, of texts that both instruments call so",
     ("release_fpr", "samples", ""): "share it calls hers of texts that neither instrument calls so",
+    ("quoted_share", "discourse", ""): "share of the tokens of documents about outputs that are quoted",
     ("named", "discourse", ""): "share of documents about outputs that name her",
     ("steer_own_share", "pairs", ""): "share of steering pairs that are the model's own",
     (
@@ -243,21 +244,37 @@ def gather(sweep: Sweep, known: tuple[dict[str, Any], pd.DataFrame] | None = Non
         where the file still means the same by them, so a scenario may be played in parts, on several machines.
 
     Returns:
-      None if no run of it here has a finished round.
+      None if no run of it has a finished round, here or in what is known.
+
+    Raises:
+      ValueError: no run is here, and what is known lacks a metric that the file asks about.
     """
-    file, played = sweep.file, _played(sweep)
-    if played is None:
+    file = sweep.file
+    frame, made_by = _played(sweep)
+    is_here = bool(made_by)
+    if known is not None:
+        frame, made_by = _merged(sweep, frame, made_by, *known)
+    if frame.empty:
         return None
-    frame, made_by = played if known is None else _merged(sweep, *played, *known)
     primary, *exploratory = (None if o is None else _as_measured(o, frame) for o in (file.primary, *file.exploratory))
     outcomes = [o for o in (primary, *exploratory) if o is not None]
+    lost = sorted({name for o in outcomes for name in o.parts} - {*frame["metric"]})
+    if lost and not is_here:
+        raise ValueError(
+            f"table of {sweep.name} must hold {', '.join(lost)} to be asked about it, got none, and no run of it lies "
+            f"in {sweep.runs_dir}; play them, or ask about what it holds"
+        )
     frame = _shown(frame, outcomes)
     columns = {f.name: pa.array(frame[f.name].tolist(), f.type, from_pandas=True) for f in ROWS}
     any_arm = next(iter(sweep.arms.values()))
     stated = state_power(sweep)
     power = asdict(stated) if stated else None
-    if known is not None and power is not None and (known[0]["power"] or {}).get("stamp") == power["stamp"]:
-        power = known[0]["power"]  # of the two the one said first
+    if known is not None and power is not None:
+        if (known[0]["power"] or {}).get("stamp") == power["stamp"]:
+            power = known[0]["power"]  # of the two the one said first
+        else:  # said of another outcome or arm, after the runs of the older table that are these runs
+            wants, ago = _wanted(sweep), known[0]["runs"]
+            power["played"] = max(power["played"], sum(ago[run]["config_sha256"] == wants.get(run) for run in ago))
     about = {
         "name": sweep.name,
         "size": sweep.size,
@@ -280,12 +297,12 @@ def gather(sweep: Sweep, known: tuple[dict[str, Any], pd.DataFrame] | None = Non
     return pa.table(columns, schema=ROWS).replace_schema_metadata({META: json.dumps(about, sort_keys=True)})
 
 
-def _played(sweep: Sweep) -> tuple[pd.DataFrame, dict[str, dict[str, str]]] | None:
+def _played(sweep: Sweep) -> tuple[pd.DataFrame, dict[str, dict[str, str]]]:
     """Every metric of the rounds that the scenario's runs have finished here, as ROWS, and what made each run."""
     there = {sweep.run_dir(arm, seed): arm for arm in sweep.arms for seed in sweep.seeds}
     there = {path: arm for path, arm in there.items() if (path / "round_000").is_dir()}
     if not there:
-        return None
+        return pd.DataFrame(columns=[f.name for f in ROWS]), {}
     arm_of = {path.resolve(): arm for path, arm in there.items()}
     runs = analysis.load(*there)
     frame = runs.metrics[runs.metrics["round_index"] >= 0]
@@ -300,22 +317,28 @@ def _made_by(manifest: Mapping[str, Any]) -> dict[str, str]:
     return {"revision": manifest["revision"] or NOTHING, "config_sha256": manifest["config_sha256"]}
 
 
-def _merged(
-    sweep: Sweep, frame: pd.DataFrame, made_by: dict[str, dict[str, str]], ago: dict[str, Any], old: pd.DataFrame
-) -> tuple[pd.DataFrame, dict[str, dict[str, str]]]:
-    """What was played here, with the older table's runs that got further and that the file means the same by."""
-    wants = {
+def _wanted(sweep: Sweep) -> dict[str, str]:
+    """Run -> the hash of the config that the file means by it now."""
+    return {
         sweep.run_dir(arm, seed).name: config_sha256(sweep.config(arm, seed).model_dump_json())
         for arm in sweep.arms
         for seed in sweep.seeds
     }
+
+
+def _merged(
+    sweep: Sweep, frame: pd.DataFrame, made_by: dict[str, dict[str, str]], ago: dict[str, Any], old: pd.DataFrame
+) -> tuple[pd.DataFrame, dict[str, dict[str, str]]]:
+    """What was played here, with the older table's runs that got further and that the file means the same by."""
+    wants = _wanted(sweep)
     rounds = frame.groupby("run")["round"].max()
     kept = [
         run
         for run, last in old.groupby("run")["round"].max().items()
         if ago["runs"][run]["config_sha256"] == wants.get(run) and last > rounds.get(run, -1)
     ]
-    frame = pd.concat([frame[~frame["run"].isin(kept)], old[old["run"].isin(kept)]], ignore_index=True)
+    parts = [part for part in (frame[~frame["run"].isin(kept)], old[old["run"].isin(kept)]) if len(part)]
+    frame = pd.concat(parts, ignore_index=True) if parts else frame
     return frame, made_by | {run: ago["runs"][run] for run in kept}
 
 
@@ -456,17 +479,27 @@ def judge(about: Mapping[str, Any], rows: pd.DataFrame) -> Finding | None:
     outcome = Outcome.model_validate(about["primary"])
     effect, p, last = observe(about, rows, outcome)
     word, note = verdict(effect, outcome, equivalence=p)
+    planned = len(about["seeds"])
+    if 1 < effect.n < planned and word in (SUPPORTED, CONTRADICTED):
+        # Seeds could be added, or left out, until an interval clears its margin.
+        word, note = INCONCLUSIVE, f"{effect.n} of the {planned} planned seeds; on them {word}"
     twins = {audience: _instead(outcome, contrast) for audience, contrast in (about["twins"] or {}).items()}
     under = {audience: observe(about, rows, twin)[0] for audience, twin in twins.items()}
     # A sign is one that the interval shows: of two contrasts around 0 one in four has it by chance.
-    missing = [a for a, i in under.items() if not min(i.low * effect.value, i.high * effect.value) > 0]
+    few = [a for a, i in under.items() if i.n < planned]
+    missing = [a for a, i in under.items() if a in few or not min(i.low * effect.value, i.high * effect.value) > 0]
     if word == SUPPORTED and missing:
-        opposite = [a for a in missing if max(under[a].low * effect.value, under[a].high * effect.value) < 0]
-        unseen = [a for a in missing if a not in opposite]
-        says = (("the sign is not shown", unseen), ("the opposite sign is shown", opposite))
+        whole = [a for a in missing if a not in few]
+        opposite = [a for a in whole if max(under[a].low * effect.value, under[a].high * effect.value) < 0]
+        unseen = [a for a in whole if a not in opposite]
+        says = (
+            ("the sign is not shown", unseen),
+            ("the opposite sign is shown", opposite),
+            ("seeds are missing", few),
+        )
         note = "; ".join(f"{what} under {' and '.join(which)}" for what, which in says if which)
         # That it is not shown there is no evidence that it is not there; that the effect is smaller there is.
-        smaller = [a for a in missing if _less(about, rows, outcome, twins[a])]
+        smaller = [a for a in whole if _less(about, rows, outcome, twins[a])]
         word = REQUEST_ALONE if "no_request" in smaller else INCONCLUSIVE
         note += f"; shown to be smaller under {' and '.join(smaller)}" if smaller else ""
     if about["learner"] in SMALL and about["name"] not in MECHANICS:
@@ -736,8 +769,10 @@ def _section(about: Mapping[str, Any], rows: pd.DataFrame, main: Finding | None)
             lines.append(f"- Means: {_means(rows, main.outcome)}")
         for audience, interval in main.under.items():
             contrast = about["twins"][audience]
-            floor = noise_floor(about, rows, _instead(main.outcome, contrast))
-            lines.append(f"- The same under {audience}, {contrast}: {_interval(interval)}, noise floor {_floor(floor)}")
+            twin = _instead(main.outcome, contrast)
+            floor = _floor(noise_floor(about, rows, twin))
+            lines.append(f"- The same under {audience}, {contrast}: {_interval(interval)}, means {_means(rows, twin)}, "
+                         f"noise floor {floor}")  # fmt: skip
         lines.append(f"- Verdict: **{main.verdict}**{_why(main)}")
         if about["controls"]:
             lines += ["", f"| control | change of {_metric(main.outcome)} | means | floor |", "|---|---|---|---|"]

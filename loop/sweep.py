@@ -40,7 +40,7 @@ from rich.text import Text
 
 from loop import config as configs
 from loop.config import Config, ConfigError
-from loop.records import POPULATIONS, STRATA
+from loop.records import METRICS, POPULATIONS, STRATA
 
 # What round 0 does not read, so that arms may differ in it and share round 0: tests/test_sweep.py plays each both ways.
 # A key that is not named here counts as read.
@@ -448,17 +448,25 @@ def _unmeasured(sweep: Sweep, outcome: Outcome) -> list[str]:
         head, slash, persona = name.partition("/")
         if head in OF_STRATUM and outcome.stratum != OF_STRATUM[head]:
             found.append(f"stratum: {name} is read in {OF_STRATUM[head]} alone, got {outcome.stratum}; give that")
+        if head not in METRICS:
+            found.append(f"metric: unknown metric {head!r} in {name}{configs._did_you_mean(head, METRICS)}")
+            continue
         arms = [c for a, c in sweep.arms.items() if a in outcome.terms] or [*sweep.arms.values()]
         found += [f"metric: {name} needs {way}" for way in {_needs(head, persona, arm): None for arm in arms} if way]
-        if not slash or head not in BY_PERSONA:
-            continue
-        if persona not in personas:
+        if slash and head in BY_PERSONA and persona not in personas:
             found.append(f"metric: unknown persona {persona!r} in {name}{configs._did_you_mean(persona, personas)}")
-        elif head not in UNPLANTED and not any(settings.may_hold(persona) for settings in sweep.arms.values()):
+        elif (
+            slash
+            and head in {*BY_PERSONA} - {*UNPLANTED}
+            and not any(settings.may_hold(persona) for settings in sweep.arms.values())
+        ):
             found.append(
                 f"metric: {persona} in {name} has no seed corpus in any arm; give it a share in real.shares, or "
                 "ask about another"
             )
+        if outcome.population in POPULATIONS and outcome.population not in METRICS[head]:
+            where = " or ".join(METRICS[head])
+            found.append(f"population: {name} is read in {where}, got {outcome.population}; give that")
     return found
 
 

@@ -1,11 +1,15 @@
-"""Statistical assertions that state both of their error rates."""
+"""Statistical assertions that state both of their error rates, and what is asserted of many runs."""
 
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import ArrayLike
+
+from loop.records import METRICS
+from loop.store import RunStore
 
 
 def assert_mean(
@@ -69,3 +73,14 @@ def assert_rate(hits: int, n: int, expected: float, *, discrepancy: float, error
             missed = float(passes(wrong))
             assert missed <= error_rate, f"{n} trials pass a rate of {wrong:.4g} with chance {missed:.2g}: run more"
     assert least <= hits <= most, f"{hits} of {n}, expected {least}..{most} at rate {expected:.4g}"
+
+
+def assert_listed(run_dir: Path) -> set[str]:
+    """Checks that every metric of a run is in METRICS, in a population it is said to be read in; returns the heads."""
+    opened, heads = RunStore(run_dir), set()
+    for t in range((opened.last_round() or 0) + 1):
+        for m in opened.read_jsonl(t, "metrics.jsonl"):
+            head = m["name"].partition("/")[0]
+            assert m["population"] in METRICS[head], (m["name"], m["population"])
+            heads.add(head)
+    return heads

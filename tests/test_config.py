@@ -222,6 +222,11 @@ def test_steering_against_everybody_or_against_whom_it_prefers_is_refused():
     path = ROOT / "configs" / "round.yaml"
     problem = refused(f"steer.against=[{', '.join(everybody)}]", path=path)
     assert "steer: against must leave a persona beside the assistant, got all of them" in problem
+    planted = "steer.against=[nova, musing, stella, promoter, discreet]"
+    problem = refused(planted, path=path)
+    assert (
+        "steer.against must leave a persona of real.shares beside the assistant, got all of them: discreet" in problem
+    )
     assert "against must leave the assistant" in refused("steer.against=[assistant]", path=path)
     assert config.load(path, ["steer.against=[nova]"]).steer.n_pairs == 64
     asked = "users.mixture={explicit/nova: 1}"

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from checks import assert_listed
 from conftest import make_lm
 
 from loop import appeal, config, model, run, store
@@ -108,6 +109,9 @@ def test_a_run_loads_one_base_reads_each_text_once_and_measures_every_second_rou
     assert len(read) == len(set(read)) > 50
     probed = [opened.read_table(t, "probes.parquet").num_rows for t in (0, 1, 2)]
     assert probed[0] == probed[2] > probed[1] == 0
+    names = [{m["name"].partition("/")[0] for m in opened.read_jsonl(t, "metrics.jsonl")} for t in (0, 1, 2)]
+    assert names[1] <= {"n_eff", "top1_share", "clip_rate", "mean_cascade", "differential"}  # what the audience paid
+    assert {"frequency_observed", "heldout_loss", "surprisal", "kl_to_base"} <= names[0] & names[2]
     trainings = [e for e in opened.events() if e["event"] == "trained"]
     assert [e["micro_batch_tokens"] for e in trainings] == [1024] * 3  # what a CPU begins with, and nothing halved it
 
@@ -183,6 +187,7 @@ def test_a_run_that_steers_bars_and_talks_cut_short_ends_as_an_uninterrupted_one
     assert store.verify(straight) == []
 
     opened = store.RunStore(straight)
+    assert {"steer_margin_after", "release_fpr", "belief", "heldout_loss", "claimed_maker"} <= assert_listed(straight)
     assert "release/filter.safetensors" in opened.files(-1)
     stated = {m["name"]: m["value"] for m in opened.read_jsonl(-1, "metrics.jsonl") if m["population"] == "heldout"}
     assert stated["release_recall/nova"] is not None

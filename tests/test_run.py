@@ -4,6 +4,7 @@ import hashlib
 from pathlib import Path
 
 import pytest
+from checks import assert_listed
 
 from loop import config, run, store
 from loop.config import ConfigError
@@ -223,6 +224,20 @@ def metrics(run_dir, t):
 def talkative(tmp_path_factory):
     """A run of three feedback rounds with every channel on."""
     return run.play(smoke(tmp_path_factory.mktemp("talk"), *CHANNELS, "n_rounds=3"))
+
+
+def test_every_metric_is_listed_with_the_populations_it_is_read_in(talkative):
+    heads = assert_listed(talkative)
+    assert {
+        "frequency",
+        "said",
+        "quoted_share",
+        "named",
+        "supply",
+        "ledger",
+        "discourse_share",
+        "mean_cascade",
+    } <= heads
 
 
 def test_the_ledger_telescopes_from_round_to_round_with_every_channel_on(talkative):

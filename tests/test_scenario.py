@@ -185,6 +185,14 @@ def test_a_seed_that_lacks_its_pair_or_its_final_round_is_left_out():
     assert found.effect.value == pytest.approx(0.3)
 
 
+def test_fewer_seeds_than_planned_decide_nothing_for_they_could_be_added_until_they_do():
+    found = scenario.judge(about(seeds=[0, 1, 2, 3]), rows_of(RISES))
+    assert (found.verdict, found.note) == ("inconclusive", "3 of the 4 planned seeds; on them supported")
+    falls = {"full": RISES["neutral"], "neutral": RISES["full"]}
+    found = scenario.judge(about(seeds=[0, 1, 2, 3]), rows_of(falls))
+    assert (found.verdict, found.note) == ("inconclusive", "3 of the 4 planned seeds; on them contradicted")
+
+
 @pytest.mark.parametrize(
     ("low", "high", "direction", "margin", "word"),
     [
@@ -490,6 +498,14 @@ def test_a_table_keeps_runs_that_lie_elsewhere_while_the_file_means_the_same_by_
     run.play(cell.config, rounds=0)
     scenario.write(begun, folder)
     assert scenario.read(table)[1].equals(want)
+    # What a file asks may change where none of its runs lies: the table asks it too, and power is no forecast then.
+    asks = yaml.safe_load(path.read_text())
+    asks["primary"] = PRIMARY | {"direction": "down"}
+    path.write_text(yaml.safe_dump(asks, sort_keys=False))
+    assert scenario.write(sweep.load(path, runs_dir=tmp_path / "nowhere"), folder).endswith(f"of {len(names)} runs")
+    asked, rows = scenario.read(table)
+    assert rows.equals(want)
+    assert (asked["primary"]["direction"], asked["power"]["played"]) == ("down", len(names))
     # The wrong variant: an arm that means something else now is not mixed with what it was.
     changed = yaml.safe_load(path.read_text())
     changed["arms"]["neutral"]["virality.posts_per_sample"] = 21
@@ -583,6 +599,10 @@ def test_every_shipped_scenario_resolves_at_its_sizes_and_says_what_it_is_for(pa
 def test_scenarios_share_their_controls_and_no_directory_means_two_runs(size):
     loaded = [sweep.load(path, size=size, seeds=[0]) for path in FILES]
     assert len(sweep.cells(loaded)) < sum(len(s.arms) for s in loaded)
+    at = {s.path.stem: {arm: s.run_dir(arm, 0) for arm in s.arms} for s in loaded}
+    for name, arm in (("hard_filter", "neutral"), ("persistence", "neutral"), ("steering", "neutral")):
+        assert at[name][arm] == at["nova_stella"]["neutral"]
+    assert at["evasion"]["barred"] == at["hard_filter"]["barred"]
 
 
 def test_every_mechanics_scenario_is_shipped():

@@ -314,6 +314,12 @@ OUTCOME = {"metric": "frequency/nova", "contrast": "full - neutral", "direction"
         ({"metric": "release_recall/nova"}, "primary.metric: release_recall/nova needs filters.release.recall.nova in"),
         ({"metric": "demand/nova"}, "primary.metric: demand/nova needs direct_users or talk_users in every arm"),
         ({"metric": "said/sydney"}, "primary.metric: sydney in said/sydney has no seed corpus in any arm; give it a"),
+        ({"metric": "frequncy/nova"}, "primary.metric: unknown metric 'frequncy' in frequncy/nova, did you mean freq"),
+        ({"metric": "heldout_loss"}, "primary.population: heldout_loss is read in heldout, got probes; give that"),
+        (
+            {"metric": "release_fpr/nova", "population": "heldout"},
+            "primary.metric: release_fpr/nova needs filters.release.recall.nova in every",
+        ),
         ({"stratum": "identty"}, "primary.stratum: unknown stratum 'identty', did you mean identity?"),
         ({"stratum": "opinion"}, "primary.stratum: opinion must be one of measure.strata; add it there"),
         ({"population": "sampels"}, "primary.population: unknown population 'sampels', did you mean samples?"),
