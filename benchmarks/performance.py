@@ -160,15 +160,14 @@ def targets(found: dict[str, Any]) -> list[str]:
         rows.append((what, f"≥ {wanted:g} times", f"{got:.2f}", word, each))
 
     def below(what: str, wanted: float, by_pair: Sequence[float], unit: str, note: str = "") -> None:
-        def shown(value: float, digits: int) -> str:
-            return f"{value:.{digits}%}" if unit == "%" else f"{value:.{digits + 1}f} {unit}"
-
-        got, word = (
-            statistics.median(by_pair),
-            verdict([x <= wanted for x in by_pair], statistics.median(by_pair) <= wanted),
+        got = statistics.median(by_pair)
+        word = verdict([x <= wanted for x in by_pair], got <= wanted)
+        limit, *shown = (
+            (f"{wanted:.0%}", *(f"{x:.1%}" for x in (got, *by_pair)))
+            if unit == "%"
+            else (f"{wanted:g} {unit}", *(f"{x:.2f} {unit}" for x in (got, *by_pair)))
         )
-        limit = f"{wanted:.0%}" if unit == "%" else f"{wanted:g} {unit}"
-        rows.append((what, f"≤ {limit}", shown(got, 1), word, note or ", ".join(shown(x, 1) for x in by_pair)))
+        rows.append((what, f"≤ {limit}", shown[0], word, note or ", ".join(shown[1:])))
 
     for name, label in (("default", "documents of the config"), ("context", "prompts after a context")):
         for stage, how in (("without", "not measured"), ("with", "measured")):
