@@ -85,16 +85,21 @@ def leading() -> Iterator[None]:
     if size() < 2:
         yield
         return
-    import torch.distributed as dist
-
     _connect()
     try:
         yield
     finally:
         if not _at_work:
             tell(None)
-            dist.destroy_process_group()
+            leave()
             done()
+
+
+def leave() -> None:
+    """Ends this process's part in the team. A process that ends without it may be aborted by torch (SIGABRT)."""
+    import torch.distributed as dist
+
+    dist.destroy_process_group()
 
 
 def _connect() -> None:

@@ -291,7 +291,8 @@ def follow(model: Callable[[], Model]) -> None:
         try:
             finetune(model(), documents, **asked)
         except (TrainingDiverged, OutOfMemory):
-            return  # all stop at the same step, and the first says why
+            break  # all stop at the same step, and the first says why
+    team.leave()
 
 
 def _accumulate(

@@ -120,13 +120,16 @@ def cluster():
 
 @contextmanager
 def command(path, runs, *arguments):
-    """`loop sweep` as a process, and its output in a file; ended with the block."""
+    """`loop sweep` as a process, and its stderr in a file; ended with the block.
+
+    Its stdout is a file of its own: Ray writes there when it finds that a node is dead, some time after it was killed.
+    """
     log = path.with_name(f"{runs.name}.log")
-    with log.open("w") as file:
+    with log.open("w") as file, log.with_suffix(".out").open("w") as out:
         process = subprocess.Popen(
             [sys.executable, "-m", "loop", "sweep", str(path), "--runs-dir", str(runs), *arguments],
             env={k: v for k, v in os.environ.items() if not k.startswith("RAY_")}, cwd=path.parent,
-            stdin=subprocess.DEVNULL, stdout=file, stderr=file,
+            stdin=subprocess.DEVNULL, stdout=out, stderr=file,
         )  # fmt: skip
     try:
         yield process, log

@@ -48,6 +48,8 @@ else:
     lm = make_lm()
     train.follow(lambda: lm)
     assert set(done) == {1, 2}, "where a step fits into one batch the second process must still do its share"
+    # Left connected, one in five such processes was aborted at its end on a busy machine.
+    assert not torch.distributed.is_initialized()
 """
 ACCELERATE = ("-m", "accelerate.commands.accelerate_cli", "launch", "--multi_gpu", "--num_processes", 2)
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2)
