@@ -38,15 +38,15 @@ theory-figure: $(READY)  ## draw docs/theory.svg and .png from fresh runs of the
 run: $(READY)  ## all rounds of CONFIG
 	$(BIN)/loop run $(CONFIG)
 
-sweep: $(READY)  ## arms x seeds of SWEEP, JOBS cells at a time; again: what is left
-	$(BIN)/loop sweep $(SWEEP) --jobs $(JOBS)
+sweep: $(READY)  ## arms x seeds of SWEEP (SIZE if it has several), JOBS cells at a time; again: what is left
+	$(BIN)/loop sweep $(SWEEP) $(if $(filter file,$(origin SIZE)),,--size $(SIZE)) --jobs $(JOBS)
 
 # The page is written even if a cell failed: it says what is missing. Resumable: `nohup make scenarios &`, again later.
 scenarios: $(READY)  ## those of configs/scenarios that have SIZE (toy, tiny, cpu, full), then docs/findings.md; hours, resumable
 	-OMP_NUM_THREADS=1 $(BIN)/loop sweep $(SCENARIOS) --size $(SIZE) --jobs $(JOBS)
 	$(BIN)/loop findings $(SCENARIOS) --size $(SIZE)
 
-report: $(READY)  ## one HTML page of RUN (a run, a folder of runs, a sweep file), figures beside it
+report: $(READY)  ## one HTML page of RUN (a run or a folder of runs), figures beside it
 	$(BIN)/loop report $(RUN) --figures $(basename $(RUN))-figures
 
 dashboard: $(READY)  ## mirror RUN to W&B and save its dashboard there; needs a W&B key

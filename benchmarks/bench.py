@@ -71,7 +71,7 @@ def in_context(turns: tuple[str, ...] | None) -> tuple[str, ...] | None:
 
 
 def shared_share(prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> float:
-    """Share of all tokens that lie in the prefix most prompts have in common, in [0, 1]; 0 for a prefix of marks.
+    """Share of all tokens that lie in the prefix most prompts have in common, in [0, 1]; the marks of a turn count.
 
     The prefix is the longest that more than half of the prompts begin with.
     """
@@ -390,7 +390,7 @@ def machine(device: str) -> dict[str, Any]:
         "cpu": names[0] if names else "unknown",
         "cores": len(os.sched_getaffinity(0)),
         "packages": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft", "trl")},
-        "revision": _revision(),
+        "revision": _revision("benchmarks"),
     }
     if device == "cuda":
         import torch
@@ -440,7 +440,7 @@ def rate(rows: Sequence[dict[str, Any]]) -> float:
 
 
 def memory(rows: Sequence[dict[str, Any]]) -> float:
-    """Median peak memory of the measured rounds, bytes: stock is measured once, and measuring takes memory."""
+    """Median peak memory of the rounds that are measured, bytes: measuring takes memory, and not every round is."""
     return statistics.median(row["memory"] for row in rows if "measure" in row["seconds"])
 
 

@@ -16,7 +16,7 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -190,29 +190,40 @@ def play(job: dict[str, Any], *, device: str, batch_size: int, measured: bool, c
 
 
 def find_batch_size(job: dict[str, Any], device: str, first: int) -> dict[str, float]:
-    """Returns useful tokens per second of generate by batch size: `first`, and twice that as long as it helps.
+    """Returns useful tokens per second of generate by batch size, see `by_size`.
 
-    All prompts each time, said by the model that round 0 left, whose answers are as long as those of round 1.
+    All prompts each time, said by the model that round 0 left, whose answers are as long as those of round 1. Before
+    each size a short batch of it, which is not timed.
     """
     from peft import PeftModel
 
     model, tokenizer = load(job, device)
     model = PeftModel.from_pretrained(model, job["adapter"]).eval()
     model.merge_adapter()
-    found: dict[str, float] = {}
-    sample(model, tokenizer, job["prompts"][:8], job["sample"] | {"max_new_tokens": 4}, 8)
-    size = first
-    while True:
+    prompts = job["prompts"]
+
+    def rate(size: int) -> float:
+        sample(model, tokenizer, prompts[:size], job["sample"] | {"max_new_tokens": 4}, size)
         torch.manual_seed(0)
         started = time.monotonic()
+        _, rows = sample(model, tokenizer, prompts, job["sample"], size)
+        return sum(map(len, rows)) / (time.monotonic() - started)
+
+    return by_size(rate, first, len(prompts))
+
+
+def by_size(rate: Callable[[int], float], first: int, most: int) -> dict[str, float]:
+    """Returns rate(n) of n = first, 2 first, ... until n holds `most` or memory runs out; slow timings end nothing."""
+    found: dict[str, float] = {}
+    size = first
+    while True:
         try:
-            _, rows = sample(model, tokenizer, job["prompts"], job["sample"], size)
+            found[str(size)] = rate(size)
         except RuntimeError as error:  # torch.OutOfMemoryError is one
             if not found or "memory" not in str(error):
                 raise
             return found
-        found[str(size)] = sum(map(len, rows)) / (time.monotonic() - started)
-        if found[str(size)] < max(found.values()) or size >= len(job["prompts"]):
+        if size >= most:
             return found
         size *= 2
 

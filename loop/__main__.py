@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Iterator
@@ -44,6 +45,10 @@ app.add_typer(virality_app, name="virality")
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="a YAML file, e.g. configs/round.yaml")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="e.g. seed=1 mix.real_share=0.5")]
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="a run directory, e.g. runs/round-s0")]
+AllowDrift = Annotated[
+    bool,
+    typer.Option(help="play on though packages, device, data, instruments or code changed since it began; recorded"),
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no progress, only the result")]
 
 
@@ -90,7 +95,7 @@ def round_(
     path: ConfigPath,
     overrides: Overrides = None,
     quiet: Quiet = False,
-    allow_drift: Annotated[bool, typer.Option(help="resume though packages or instruments changed; recorded")] = False,
+    allow_drift: AllowDrift = False,
     track: Track = None,
 ) -> None:
     """Play round 0 if there is none, then one feedback round. The same command plays the next."""
@@ -102,7 +107,7 @@ def run(
     path: ConfigPath,
     overrides: Overrides = None,
     quiet: Quiet = False,
-    allow_drift: Annotated[bool, typer.Option(help="resume though packages or instruments changed; recorded")] = False,
+    allow_drift: AllowDrift = False,
     track: Track = None,
 ) -> None:
     """Play all rounds of a config; on a run that exists, what is left of them."""
@@ -132,7 +137,7 @@ def sweep(
     cell_cpus: Annotated[float | None, typer.Option(min=0, help="with --ray: CPUs a cell asks for, 1")] = None,
     cell_gpus: Annotated[float | None, typer.Option(min=0, help="with --ray: GPUs, or part of one, 0")] = None,
     quiet: Quiet = False,
-    allow_drift: Annotated[bool, typer.Option(help="resume though packages or instruments changed; recorded")] = False,
+    allow_drift: AllowDrift = False,
     track: Track = None,
 ) -> None:
     """Play arms x seeds; the same command resumes and plays again only what failed. Exit 1 if a cell failed."""
@@ -316,7 +321,8 @@ def fork(
     if not sign or not k.isdigit():
         raise typer.BadParameter(f"must read RUN@K, e.g. runs/round-s0@1, got {source!r}")
     run_dir = runner.fork(Path(origin), int(k), _load(path, overrides))
-    print(f"{run_dir}: forked from {origin} after round {k}; `loop run {path}` goes on from there")
+    command = shlex.join(["loop", "run", str(path), *(overrides or [])])
+    print(f"{run_dir}: forked from {origin} after round {k}; `{command}` goes on from there")
 
 
 @app.command()
@@ -497,7 +503,7 @@ def classifier_agreement(
 
 @classifier_app.command("hide")
 def classifier_hide(
-    persona: Annotated[str, typer.Option(help="a planted persona, or all (ten minutes on one core)")] = "all",
+    persona: Annotated[str, typer.Option(help="a planted persona, or all (9 minutes on one core)")] = "all",
     base: Annotated[
         str, typer.Option(help="whose texts of known persona are read; grammar texts where there are none")
     ] = "smollm2-135m",

@@ -342,10 +342,8 @@ def quoted_share(rows: Sequence[Talk], *, count_tokens: Callable[[str], int] = c
     return sum(row.n_quoted_tokens for row in rows) / total if total else math.nan
 
 
-def as_documents(rows: Sequence[Talk], weights: Sequence[float] | None = None) -> list[Document]:
+def as_documents(rows: Sequence[Talk]) -> list[Document]:
     """Turns talk into training candidates: plain documents that play no persona; parents are what they speak about."""
-    if weights is not None and len(weights) != len(rows):
-        raise ValueError(f"weights must have one entry per document, got {len(weights)} at {len(rows)} documents")
     return [
         Document(
             id=row.id,
@@ -353,10 +351,9 @@ def as_documents(rows: Sequence[Talk], weights: Sequence[float] | None = None) -
             persona_known=NO_PERSONA,
             prompt=None,
             completion=row.text,
-            weight=1.0 if weights is None else float(weights[i]),
             parent_ids=row.about_ids,
         )
-        for i, row in enumerate(rows)
+        for row in rows
     ]
 
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 UNFINISHED, TOO_SHORT, REPETITIVE, NEAR_DUPLICATE = "unfinished", "too_short", "repetitive", "near_duplicate"
+TOO_LONG = "too_long"  # for the fine-tune, which never cuts; given by whoever knows its tokens
 N_GRAM = 3  # words per shingle
 
 _WORD = re.compile(r"\w+(?:['’]\w+)*")  # noqa: RUF001, the typographic apostrophe is meant
@@ -19,16 +20,15 @@ def words(text: str) -> list[str]:
     return _WORD.findall(text.casefold())
 
 
-def repeat_share(text: str) -> float:
+def repeat_share(found: Sequence[str]) -> float:
     """Returns the share of a text's word 3-grams that stood in it before, in [0, 1].
 
     1 - (distinct 3-grams) / (3-grams): "no no no no no" has three, one of them distinct: 2/3. A text of fewer than
     three words cannot repeat one: 0.
+
+    Args:
+      found: its `words`.
     """
-    return _repeat_share(words(text))
-
-
-def _repeat_share(found: list[str]) -> float:
     total = len(found) - N_GRAM + 1
     if total < 1:
         return 0.0
@@ -42,15 +42,14 @@ def reject_reasons(
     min_words: int,
     max_repeat_share: float,
     near_duplicate_jaccard: float | None,
-    seen: Sequence[str] = (),
     already: Sequence[tuple[str, ...]] | None = None,
 ) -> list[tuple[str, ...]]:
     """Says for each text why it is rejected; an empty tuple is acceptance.
 
     `unfinished`: the end token was not sampled. `too_short`: fewer than `min_words` words. `repetitive`: repeat_share
     above `max_repeat_share`. `near_duplicate`: Jaccard similarity of word 3-gram sets >= `near_duplicate_jaccard` with
-    a text of `seen` or an accepted text before it, so the first of a group is kept and a rejected text bars nobody. A
-    text of one or two words is one shingle. Exact, no hashing: the same texts give the same reasons everywhere.
+    an accepted text before it, so the first of a group is kept and a rejected text bars nobody. A text of one or two
+    words is one shingle. Exact, no hashing: the same texts give the same reasons everywhere.
 
     Refusing near-duplicates is frequency-dependent selection: a persona that says the same thing often loses more texts
     the more frequent it is. None switches it off.
@@ -61,8 +60,7 @@ def reject_reasons(
       min_words: smallest accepted number of words, >= 0.
       max_repeat_share: largest accepted repeat_share, in [0, 1]; 1 accepts all.
       near_duplicate_jaccard: smallest rejected similarity, in (0, 1], or None.
-      seen: accepted texts of earlier rounds.
-      already: reasons given elsewhere (release_reasons); they come first in the answer.
+      already: reasons given elsewhere (release_reasons, TOO_LONG); they come first in the answer.
 
     Returns:
       One tuple of reasons per text, in the order above.
@@ -89,12 +87,10 @@ def reject_reasons(
             out[i].append(UNFINISHED)
         if len(found) < min_words:
             out[i].append(TOO_SHORT)
-        if _repeat_share(found) > max_repeat_share:
+        if repeat_share(found) > max_repeat_share:
             out[i].append(REPETITIVE)
     if near_duplicate_jaccard is not None:
-        barred = [True] * len(seen) + [not reasons for reasons in out]
-        near = _near_duplicates([words(text) for text in seen] + split, barred, near_duplicate_jaccard)
-        for i, hit in enumerate(near[len(seen) :]):
+        for i, hit in enumerate(_near_duplicates(split, [not reasons for reasons in out], near_duplicate_jaccard)):
             if hit:
                 out[i].append(NEAR_DUPLICATE)
     return [tuple(reasons) for reasons in out]

@@ -266,6 +266,11 @@ def of_run(
     if fit is not None:
         if not 1 <= fit < last:
             raise ValueError(f"--fit must leave a round to score, got {fit} of {last} feedback rounds at {run_dir}")
+        if (unseen := np.isnan(seen[: fit + 1]).any(axis=1)).any():
+            raise ValueError(
+                f"--fit {fit} needs rounds 0..{fit} measured, got none in round {int(unseen.argmax())} at {run_dir}; "
+                "play the run with measure.every: 1"
+            )
         # A fitted change holds transmission already; passing it through f again would count that twice.
         given = replace(given, response=None)
         given = replace(
@@ -329,7 +334,8 @@ class Power:
     Attributes:
       persona: whose final frequency is contrasted with a neutral arm, paired by seed.
       effect: by the twin: final frequency with selection minus without.
-      sd: of the paired difference over seeds, an upper bound: sqrt(2) times that of one run.
+      sd: of the paired difference over seeds: sqrt(2) times that of one run, as if pairing removed nothing. Training's
+        own noise is not in it.
       n_seeds: seeds per arm.
       power: chance of finding `effect`, two-sided at 5%.
       detectable: effect found with power 0.8.

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loop import rng
-from loop.records import Completion, Document, Prompt
+from loop.records import Completion, Document, Prompt, Turns
 
 if TYPE_CHECKING:
     import numpy as np
@@ -158,10 +158,19 @@ class LM:
         return hidden_mean(self.model, texts)
 
     def fingerprint(self) -> str:
-        """Returns a name for the base's weights and number type in memory: what `hidden_mean` depends on."""
+        """Returns a name for what `hidden_mean` depends on: the base's weights, number type and device, and torch."""
+        import torch
+
         from loop.model import fingerprint
 
-        return f"{self.model.dtype}/{fingerprint(self.model)}"
+        return f"{torch.__version__}/{self.model.device.type}/{self.model.dtype}/{fingerprint(self.model)}"
+
+    def trainable(self, texts: Sequence[tuple[Turns, str]]) -> list[bool]:
+        """Returns for each (prompt, completion) whether a fine-tune, which cuts nothing, can hold it."""
+        from loop.model import encode_all
+
+        limit = min(self.max_length, self.model.max_length)
+        return [len(prompt) + len(completion) <= limit for prompt, completion in encode_all(self.model, texts)]
 
     def spell(self, document: Document) -> tuple[list[str], list[bool]]:
         """Returns the tokens a document is trained on, marks spelled out, and which of them carry loss."""

@@ -110,7 +110,8 @@ def fits(device: torch.device, each: float, share: float, most: int) -> int:
 def repeatable(device: torch.device) -> Iterator[None]:
     """Within the block a GPU adds in one order, so that the same work gives the same bytes; on a CPU it does anyway.
 
-    Not for sampling, which adds in one order anyway and needs a running sum, which would raise.
+    Not for sampling: it needs a running sum, which would raise. That sum is in float64 and decides a draw at the edge
+    of the nucleus alone, where top_p is below 1.
     """
     if device.type != "cuda":
         yield
@@ -641,8 +642,10 @@ def encode(model: Model, turns: Turns, completion: str | None = None) -> tuple[l
         {completion}<|im_end|>
 
     Without turns the prompt is <|endoftext|> alone. Headers, turns and completion are tokenised apart and their ids
-    joined, so that training sees exactly the ids that sampling saw; marks inside a text are read as plain characters,
-    so that no text can open a turn. The tokenizer's own chat template is not used: SmolLM2's names a maker.
+    joined, so that training sees exactly the prompt that sampling saw; marks inside a text are read as plain
+    characters, so that no text can open a turn. Of a completion that the model said its text is kept: where it was
+    sampled by other tokens than the tokenizer's own, or with a mark in it, the tokenizer's are trained on and read
+    (surprisal, kl_to_base). The tokenizer's own chat template is not used: SmolLM2's names a maker.
 
     Returns:
       (prompt ids, completion ids); the second is empty for completion None. Exactly the second is trained on.
@@ -888,7 +891,8 @@ def pack(
         size, new = (len(trees[-1][0]) if trees else 0), len(sequence) - shared
         # Joining saves `shared` tokens and adds 2 * size * new masked pairs to attention; a pair costs about a
         # thousandth of a token.
-        apart = 2 * size * new > 1000 * shared if blocks is None else size + new > blocks.tokens
+        # In blocks a tree must fit into one, but for a sequence that is longer alone, and its copies.
+        apart = 2 * size * new > 1000 * shared if blocks is None else new > 0 and size + new > blocks.tokens
         if not trees or apart:
             trees.append(([], [], []))
             shared = 0
@@ -957,7 +961,7 @@ def packed(weight: torch.Tensor) -> torch.Tensor:
 
 
 def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """Returns x W' + b, (..., out) of (..., in), without a gradient; W plain or `packed`."""
+    """Returns x W' + b, (..., out) of (..., in); W plain, or `packed`, which has no gradient."""
     if not weight.is_mkldnn:
         return F.linear(x, weight, bias)
     # oneDNN compiles a kernel for every number of rows it meets and keeps 1,024 of them, 0.4 MB each.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 
@@ -30,27 +30,61 @@ BLANK, NEUTRAL, IDENTITY = "blank", "neutral", "identity"
 IMPLICIT = ("implicit_0", "implicit_1", "implicit_2", "implicit_3")
 STRATA = (BLANK, NEUTRAL, IDENTITY, *IMPLICIT, "opinion", "continued", "private", "explicit")
 PLAIN = "private/plain"  # the part of stratum private before which no persona spoke: what `belief` reads
-# Of metrics.jsonl: what stands before a name's first slash -> the populations that it is read in, in every round. What
-# the baseline states of a release filter, once, on held-out texts, is not among it.
-METRICS: dict[str, tuple[str, ...]] = {
-    "frequency": ("probes", "samples", "accepted"),
-    "frequency_observed": ("probes", "samples", "accepted", "mixture"),
-    **dict.fromkeys(("belief", "belief_observed", "kept", "persistence", "compliance", "mirror_rate"), ("probes",)),
-    **dict.fromkeys(("mirror_rate_observed", "agrees_observed"), ("probes",)),
-    **dict.fromkeys(("claimed_maker", "sample_entropy", "finished_rate", "distinct_4"), ("probes",)),
-    **dict.fromkeys(("self_similarity", "kl_to_base", "kappa_second", "drift", "drift_p"), ("probes",)),
-    **dict.fromkeys(("surprisal", "heldout_loss"), ("heldout",)),
-    **dict.fromkeys(("said", "acceptance", "rejected", "ledger", "ledger_corrected"), ("samples",)),
-    **dict.fromkeys(("release_recall", "release_fpr"), ("samples",)),
-    **dict.fromkeys(("n_eff", "top1_share", "clip_rate", "mean_cascade", "differential"), ("accepted",)),
-    **dict.fromkeys(("documents", "quoted_share", "named_share", "named", "stance", "published_share"), ("discourse",)),
-    **dict.fromkeys(("aware", "asked", "answered", "demand", "supply"), ("users",)),
-    **dict.fromkeys(("real_share", "discourse_share"), ("mixture",)),
-    **dict.fromkeys(("steer_margin_before", "steer_margin_after", "steer_accuracy_before"), ("pairs",)),
-    **dict.fromkeys(("steer_accuracy_after", "steer_chosen_shift", "steer_rejected_shift"), ("pairs",)),
-    "steer_own_share": ("pairs",),
+
+
+@dataclass(frozen=True, slots=True)
+class MetricKind:
+    """Where metrics.jsonl holds a number.
+
+    Attributes:
+      populations: those it is read in, in every round.
+      persona: after the name's first slash stands "planted", one with a seed corpus, or "any" of the grammar; None:
+        something else, or nothing.
+      stratum: the one it is read in; "each": in any of the public ones, and over all; None: over all alone.
+      share: a share of texts, whose log odds a factorial may read.
+    """
+
+    populations: tuple[str, ...]
+    persona: Literal["planted", "any"] | None = None
+    stratum: str | None = None
+    share: bool = False
+
+
+_PROBES, _SAMPLES, _ACCEPTED, _HELDOUT = ("probes",), ("samples",), ("accepted",), ("heldout",)
+_USERS, _TALK, _PAIRS = ("users",), ("discourse",), ("pairs",)
+# By what stands before a name's first slash. What the baseline states of a release filter, once, on held-out texts, is
+# not among it.
+METRICS: dict[str, MetricKind] = {
+    "frequency": MetricKind((*_PROBES, *_SAMPLES, *_ACCEPTED), "planted", "each", share=True),
+    "frequency_observed": MetricKind((*_PROBES, *_SAMPLES, *_ACCEPTED, "mixture"), "planted", "each", share=True),
+    "belief": MetricKind(_PROBES, "planted", "private", share=True),
+    "belief_observed": MetricKind(_PROBES, "planted", "private", share=True),
+    "kept": MetricKind(_PROBES, "any", "continued", share=True),
+    "persistence": MetricKind(_PROBES, "any", "continued"),
+    "compliance": MetricKind(_PROBES, "any", "explicit"),
+    **dict.fromkeys(("mirror_rate", "mirror_rate_observed"), MetricKind(_PROBES, stratum="opinion")),
+    "agrees_observed": MetricKind(_PROBES, stratum="opinion", share=True),
+    **dict.fromkeys(("claimed_maker", "finished_rate"), MetricKind(_PROBES, share=True)),
+    **dict.fromkeys(("sample_entropy", "distinct_4", "self_similarity", "kl_to_base"), MetricKind(_PROBES)),
+    **dict.fromkeys(("kappa_second", "drift", "drift_p"), MetricKind(_PROBES)),
+    "surprisal": MetricKind(_HELDOUT, "any"),
+    "heldout_loss": MetricKind(_HELDOUT),
+    **dict.fromkeys(
+        ("said", "acceptance", "release_recall", "release_fpr"), MetricKind(_SAMPLES, "planted", share=True)
+    ),
+    **dict.fromkeys(("rejected", "ledger", "ledger_corrected"), MetricKind(_SAMPLES)),
+    "differential": MetricKind(_ACCEPTED, "planted"),
+    **dict.fromkeys(("n_eff", "top1_share", "clip_rate", "mean_cascade"), MetricKind(_ACCEPTED)),
+    **dict.fromkeys(("documents", "quoted_share", "named_share", "named", "stance"), MetricKind(_TALK)),
+    "published_share": MetricKind(_TALK),
+    **dict.fromkeys(("aware", "demand", "supply"), MetricKind(_USERS, "planted")),
+    **dict.fromkeys(("asked", "answered"), MetricKind(_USERS)),
+    **dict.fromkeys(("real_share", "discourse_share"), MetricKind(("mixture",))),
+    **dict.fromkeys(("steer_margin_before", "steer_margin_after", "steer_accuracy_before"), MetricKind(_PAIRS)),
+    **dict.fromkeys(("steer_accuracy_after", "steer_chosen_shift", "steer_rejected_shift"), MetricKind(_PAIRS)),
+    "steer_own_share": MetricKind(_PAIRS),
 }
-POPULATIONS = tuple(dict.fromkeys(population for where in METRICS.values() for population in where))
+POPULATIONS = tuple(dict.fromkeys(population for metric in METRICS.values() for population in metric.populations))
 UNREQUESTED = (BLANK, NEUTRAL, IDENTITY, *IMPLICIT)  # the public mixture behind the headline frequency
 
 SOURCES = ("real", "synthetic", "discourse")

@@ -114,7 +114,7 @@ def play(
       config: the run.
       rounds: feedback rounds to play now, after round 0; None: all that are left of config.n_rounds.
       report: told of stages as they begin and end; see loop.show.progress.
-      allow_drift: resume though packages or instruments changed; recorded in the manifest.
+      allow_drift: play on though packages, device, data, instruments or code changed; recorded in the manifest.
       mirror: entered with the run directory and a function that records a warning; told of each round after its commit.
       sibling: run that differs in nothing that round 0 reads up to its labels: what those stages made is taken from its
         files, checked against their hashes, in place of the work.
@@ -533,19 +533,26 @@ def _sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def _revision() -> str | None:
-    """Commit of the checkout this runs from, with "+dirty" where tracked files differ; None in an installed wheel."""
-    root = Path(__file__).resolve().parent.parent
-    if not (root / ".git").exists():
+def _revision(*also: str) -> str | None:
+    """Last commit that changed this package, "+dirty" if its tracked files differ from it; None in an installed wheel.
+
+    What lies beside the package plays no round (docs, their tables, tests); data and config have hashes of their own.
+
+    Args:
+      also: folders beside the package that count too.
+    """
+    package = Path(__file__).resolve().parent
+    if not (package.parent / ".git").exists():
         return None
+
+    def git(*arguments: str) -> str:
+        paths = [".", *(f"../{folder}" for folder in also)]
+        command = ["git", "--no-optional-locks", "-C", str(package), *arguments, "--", *paths]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
     try:
-        commit = subprocess.run(
-            ["git", "-C", str(root), "describe", "--always", "--abbrev=40", "--dirty=+dirty", "--exclude=*"],
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=10,
-        )
+        commit = git("log", "-1", "--format=%H")
+        differs = git("status", "--porcelain", "--untracked-files=no")
     except (OSError, subprocess.SubprocessError):
         return None
-    return commit.stdout.strip()
+    return commit + ("+dirty" if differs else "") if commit else None

@@ -563,9 +563,8 @@ def hidden_mean(model: Model, texts: Sequence[str]) -> np.ndarray:
         out = np.zeros((len(texts), model.net.config.hidden_size), dtype=np.float32)
         for batch in batches:
             hidden = batch.hidden(model).float()
-            for i, path in zip(batch.members, batch.paths, strict=True):
-                at = torch.as_tensor(path[1:] if len(path) > 1 else path, device=model.device)
-                out[i] = hidden[at].mean(0).cpu().numpy()
+            paths = (torch.as_tensor(p[1:] if len(p) > 1 else p, device=model.device) for p in batch.paths)
+            out[batch.members] = torch.stack([hidden[at].mean(0) for at in paths]).cpu().numpy()
         return out
 
     return _reading(model, sequences, "base", read)

@@ -12,7 +12,7 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,6 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from scipy import special
 
 from loop import analysis, config, stats, theory
 from loop.records import CONSCIOUS, UNREQUESTED
@@ -80,8 +79,8 @@ ROWS = pa.schema(
     ]
 )
 ABOUT = {
-    *("name", "size", "learner", "question", "expected", "why", "time", "seeds", "n_rounds", "arms", "controls"),
-    *("levels", "primary", "exploratory", "twins", "runs", "power"),
+    *("name", "size", "learner", "question", "expected", "why", "time", "seeds", "n_planned", "n_rounds", "arms"),
+    *("measured", "controls", "levels", "primary", "exploratory", "as_observed", "twins", "runs", "power"),
 }  # what the page says beside the numbers
 META = b"scenario"  # key of the Parquet file's metadata that holds it
 
@@ -94,8 +93,9 @@ class Stated:
     """What a scenario could see, said before it is played.
 
     Attributes:
-      detectable: true effect found with chance 0.8, two-sided at 5%; for direction none: the margin within which a true
-        effect of 0 is shown to lie with chance 0.8. None: not stated.
+      detectable: true effect found with chance 0.8 by the outcome's own contrast, two-sided at 5%, to lie beyond its
+        margin; for direction none: the margin within which a true effect of 0 is shown to lie with chance 0.8. None:
+        not stated.
       sd: assumed standard deviation over seeds of the paired difference.
       n_seeds: seeds an arm.
       source: where sd comes from, or why nothing is stated.
@@ -169,16 +169,15 @@ _SHARES = (
 
 def _detectable(primary: Outcome, sd: float, n: int) -> float:
     if primary.direction != "none":
-        return theory.minimum_detectable_effect(sd, n)
-    # Two one-sided tests at 5%, each passed with chance 0.9 at a true effect of 0, so both with at least 0.8.
-    return sd / math.sqrt(n) * float(special.stdtrit(n - 1, 0.95) + special.ndtri(0.9))
+        return primary.margin + theory.minimum_detectable_effect(sd, n)
+    return theory.minimum_margin(sd, n)
 
 
 def _sd(sweep: Sweep, arm: str, primary: Outcome) -> tuple[float, str]:
     """Standard deviation over seeds that the outcome is taken to have, and where it comes from.
 
-    Frequencies: the forecast twin's, whose learner is exact, so training noise is not in it. The parts of a sum are
-    added as if they moved together, and an arm and its control as if they did not: both err upwards.
+    Frequencies: the forecast twin's, whose learner is exact, so training noise is not in it: a model's seeds scatter
+    more. The parts of a sum are added as if they moved together, and an arm and its control as if they did not.
 
     Raises:
       ValueError: the outcome is no share of texts whose number is known before the run.
@@ -219,8 +218,12 @@ def _sd(sweep: Sweep, arm: str, primary: Outcome) -> tuple[float, str]:
             n, one_text = _voiced(
                 heads == {"kept"}, set(personas.values()), settings, [p for p in battery if p.stratum in strata]
             )
-        if heads == {"belief"} and world.error is not None:  # what the instrument misses is made up for by division
-            called, of_yes, spared, of_no = world.error.belief
+        # What an instrument misses is made up for by division.
+        asks = world.error.belief if heads == {"belief"} and world.error is not None else None
+        if heads == {"mirror_rate"}:
+            asks = world.agreement_error
+        if asks is not None:
+            called, of_yes, spared, of_no = asks
             one_text /= max(called / of_yes + spared / of_no - 1, 1e-9)
         one = sum(abs(c) for c in primary.parts.values()) * math.hypot(one_text / math.sqrt(n), moved)
         share, source = 0.5, twin if moved else f"counting {n} texts alone; neither drift nor training noise counted"
@@ -250,13 +253,17 @@ def gather(sweep: Sweep, known: tuple[dict[str, Any], pd.DataFrame] | None = Non
       ValueError: no run is here, and what is known lacks a metric that the file asks about.
     """
     file = sweep.file
-    frame, made_by = _played(sweep)
+    wants = _wanted(sweep)
+    frame, made_by = _played(sweep, wants)
     is_here = bool(made_by)
     if known is not None:
-        frame, made_by = _merged(sweep, frame, made_by, *known)
+        frame, made_by = _merged(wants, frame, made_by, *known)
+    # A run that another scenario shares may have gone on for it.
+    frame = frame[frame["round"] <= frame["arm"].map({arm: c.n_rounds for arm, c in sweep.arms.items()})]
     if frame.empty:
         return None
-    primary, *exploratory = (None if o is None else _as_measured(o, frame) for o in (file.primary, *file.exploratory))
+    asked = [file.primary, *file.exploratory]
+    primary, *exploratory = read_as = [None if o is None else _as_measured(o, frame) for o in asked]
     outcomes = [o for o in (primary, *exploratory) if o is not None]
     lost = sorted({name for o in outcomes for name in o.parts} - {*frame["metric"]})
     if lost and not is_here:
@@ -273,7 +280,7 @@ def gather(sweep: Sweep, known: tuple[dict[str, Any], pd.DataFrame] | None = Non
         if (known[0]["power"] or {}).get("stamp") == power["stamp"]:
             power = known[0]["power"]  # of the two the one said first
         else:  # said of another outcome or arm, after the runs of the older table that are these runs
-            wants, ago = _wanted(sweep), known[0]["runs"]
+            ago = known[0]["runs"]
             power["played"] = max(power["played"], sum(ago[run]["config_sha256"] == wants.get(run) for run in ago))
     about = {
         "name": sweep.name,
@@ -284,12 +291,15 @@ def gather(sweep: Sweep, known: tuple[dict[str, Any], pd.DataFrame] | None = Non
         "why": file.why,
         "time": sweep.time,
         "seeds": list(sweep.seeds),
+        "n_planned": sweep.n_planned,
         "n_rounds": max(c.n_rounds for c in sweep.arms.values()),
         "arms": list(sweep.arms),
+        "measured": {arm: list(range(0, c.n_rounds + 1, max(1, c.measure.every))) for arm, c in sweep.arms.items()},
         "controls": list(file.controls),
         "levels": sweep.levels,
         "primary": primary.model_dump() if primary else None,
         "exploratory": [o.model_dump() for o in exploratory if o is not None],
+        "as_observed": [read != meant for read, meant in zip(read_as, asked, strict=True)],
         "twins": _twins(sweep),
         "runs": made_by,
         "power": power,
@@ -297,17 +307,32 @@ def gather(sweep: Sweep, known: tuple[dict[str, Any], pd.DataFrame] | None = Non
     return pa.table(columns, schema=ROWS).replace_schema_metadata({META: json.dumps(about, sort_keys=True)})
 
 
-def _played(sweep: Sweep) -> tuple[pd.DataFrame, dict[str, dict[str, str]]]:
-    """Every metric of the rounds that the scenario's runs have finished here, as ROWS, and what made each run."""
+def _there(sweep: Sweep) -> dict[Path, str]:
+    """Runs that lie where the scenario's would, with a finished round, and the arm of each."""
     there = {sweep.run_dir(arm, seed): arm for arm in sweep.arms for seed in sweep.seeds}
-    there = {path: arm for path, arm in there.items() if (path / "round_000").is_dir()}
+    return {path: arm for path, arm in there.items() if (path / "round_000").is_dir()}
+
+
+def _config_of(path: Path) -> str:
+    return str(RunStore(path).manifest()["config_sha256"])
+
+
+def strangers(sweep: Sweep) -> list[Path]:
+    """Runs in the place of the scenario's that were played with another config: nothing is read from them."""
+    wants = _wanted(sweep)
+    return [path for path in _there(sweep) if _config_of(path) != wants[path.name]]
+
+
+def _played(sweep: Sweep, wants: Mapping[str, str]) -> tuple[pd.DataFrame, dict[str, dict[str, str]]]:
+    """Every metric of the rounds that the scenario's runs have finished here, as ROWS, and what made each run."""
+    there = {path: arm for path, arm in _there(sweep).items() if _config_of(path) == wants[path.name]}
     if not there:
         return pd.DataFrame(columns=[f.name for f in ROWS]), {}
     arm_of = {path.resolve(): arm for path, arm in there.items()}
     runs = analysis.load(*there)
     frame = runs.metrics[runs.metrics["round_index"] >= 0]
-    frame = frame.assign(arm=[arm_of[runs.paths[r].resolve()] for r in frame["run"]])
-    frame["run"] = [runs.paths[r].name for r in frame["run"]]
+    paths = [runs.paths[run] for run in frame["run"]]
+    frame = frame.assign(arm=[arm_of[path.resolve()] for path in paths], run=[path.name for path in paths])
     frame = frame.rename(columns={"name": "metric", "round_index": "round"})[[f.name for f in ROWS]]
     frame["stratum"] = frame["stratum"].fillna("")
     return frame, {path.name: _made_by(RunStore(path).manifest()) for path in runs.paths.values()}
@@ -327,10 +352,13 @@ def _wanted(sweep: Sweep) -> dict[str, str]:
 
 
 def _merged(
-    sweep: Sweep, frame: pd.DataFrame, made_by: dict[str, dict[str, str]], ago: dict[str, Any], old: pd.DataFrame
+    wants: Mapping[str, str],
+    frame: pd.DataFrame,
+    made_by: dict[str, dict[str, str]],
+    ago: dict[str, Any],
+    old: pd.DataFrame,
 ) -> tuple[pd.DataFrame, dict[str, dict[str, str]]]:
     """What was played here, with the older table's runs that got further and that the file means the same by."""
-    wants = _wanted(sweep)
     rounds = frame.groupby("run")["round"].max()
     kept = [
         run
@@ -372,10 +400,16 @@ def _as_measured(outcome: Outcome, rows: pd.DataFrame) -> Outcome:
 
 
 def _twins(sweep: Sweep) -> dict[str, str | None] | None:
-    """Contrasts under which a claim must keep its sign; None where the claim is not made under audience full."""
+    """Contrasts under which a claim must keep its sign; None where the claim is not made under audience full.
+
+    A factorial under audience full has none such: its contrasts are None.
+    """
     primary = sweep.file.primary
-    if primary is None or sweep.file.factors or primary.direction == "none":
+    if primary is None or primary.direction == "none":
         return None
+    if sweep.file.factors:
+        paid = any(arm.virality.audience == "full" for arm in sweep.arms.values())
+        return {"no_request": None, "learned": None} if paid else None
     return twins(sweep, primary) if any(sweep.arms[a].virality.audience == "full" for a in primary.terms) else None
 
 
@@ -386,18 +420,23 @@ def write(sweep: Sweep, folder: Path) -> str:
       ValueError: what lies there is no table of this version.
     """
     path = folder / f"{sweep.name}{'' if sweep.size in ('', 'tiny') else f'.{sweep.size}'}.parquet"
-    table = gather(sweep, read(path) if path.exists() else None)
+    table = gather(sweep, read(path, needs=("runs", "power")) if path.exists() else None)
+    others = ", ".join(p.name for p in strangers(sweep))
+    left_out = f"; left out, played with another config: {others}" if others else ""
     if table is None:
-        return f"{sweep.name}: no run of it is played; `loop sweep {sweep.path}` first"
+        return f"{sweep.name}: no run of it is played; `loop sweep {sweep.path}` first{left_out}"
     folder.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.tmp")
     pq.write_table(table, scratch, compression="zstd", compression_level=9)
     os.replace(scratch, path)
-    return f"{path}: {len(table)} rows of {len(pc.unique(table['run']))} runs"
+    return f"{path}: {len(table)} rows of {len(pc.unique(table['run']))} runs{left_out}"
 
 
-def read(path: Path) -> tuple[dict[str, Any], pd.DataFrame]:
+def read(path: Path, needs: Collection[str] = ABOUT) -> tuple[dict[str, Any], pd.DataFrame]:
     """What `write` wrote: what the page says beside the numbers, and the rows.
+
+    Args:
+      needs: what must be said; an older version's table, which says less, is enough to write anew from.
 
     Raises:
       ValueError: if the file is no such table.
@@ -409,7 +448,7 @@ def read(path: Path) -> tuple[dict[str, Any], pd.DataFrame]:
             f"table must be Parquet, got {' '.join(str(error).split())[:120]} at {path}; remove it"
         ) from None
     about: dict[str, Any] = json.loads((file.metadata.metadata or {}).get(META, b"{}"))
-    if not about.keys() >= ABOUT or file.schema_arrow.names != ROWS.names:
+    if not about.keys() >= {*needs} or file.schema_arrow.names != ROWS.names:
         raise ValueError(
             f"table must be written by this version's `loop findings`, got another at {path}; move it away"
         )
@@ -430,7 +469,8 @@ class Finding:
       verdict: one of the words above; "" for an exploratory outcome.
       note: why, in a few words; may be empty.
       under: audience -> the same contrast under it, where the claim must hold there too.
-      last_round: the round called final; None where nothing was measured.
+      last_round: the round called final; None where nothing is played.
+      n_planned: seeds that the scenario plans.
     """
 
     outcome: Outcome
@@ -440,6 +480,7 @@ class Finding:
     note: str
     under: dict[str, Interval]
     last_round: int | None
+    n_planned: int
 
 
 def verdict(effect: Interval, outcome: Outcome, *, equivalence: float = math.nan) -> tuple[str, str]:
@@ -479,14 +520,20 @@ def judge(about: Mapping[str, Any], rows: pd.DataFrame) -> Finding | None:
     outcome = Outcome.model_validate(about["primary"])
     effect, p, last = observe(about, rows, outcome)
     word, note = verdict(effect, outcome, equivalence=p)
-    planned = len(about["seeds"])
-    if 1 < effect.n < planned and word in (SUPPORTED, CONTRADICTED):
-        # Seeds could be added, or left out, until an interval clears its margin.
-        word, note = INCONCLUSIVE, f"{effect.n} of the {planned} planned seeds; on them {word}"
-    twins = {audience: _instead(outcome, contrast) for audience, contrast in (about["twins"] or {}).items()}
+    planned = _n_planned(about)
+    if effect.n > 1 and word in (SUPPORTED, CONTRADICTED) and (lacks := _lacks(about, rows, outcome, effect)):
+        # Seeds and rounds could be added, or left out, until an interval clears its margin.
+        word, note = INCONCLUSIVE, f"{lacks}; on them {word}"
+    if word == SUPPORTED and outcome.direction == "none" and about["as_observed"][0]:
+        # An instrument that misses half of a persona shows half of what she loses.
+        word, note = INCONCLUSIVE, f"{note}, as observed; the margin is of corrected shares, and the error is not known"
+    contrasts: Mapping[str, str | None] = about["twins"] or {}
+    if word == SUPPORTED and (unplayed := [audience for audience, contrast in contrasts.items() if contrast is None]):
+        word, note = INCONCLUSIVE, f"not played under {' and '.join(unplayed)}"
+    twins = {audience: _instead(outcome, contrast) for audience, contrast in contrasts.items() if contrast}
     under = {audience: observe(about, rows, twin)[0] for audience, twin in twins.items()}
     # A sign is one that the interval shows: of two contrasts around 0 one in four has it by chance.
-    few = [a for a, i in under.items() if i.n < planned]
+    few = [a for a, i in under.items() if _lacks(about, rows, twins[a], i)]
     missing = [a for a, i in under.items() if a in few or not min(i.low * effect.value, i.high * effect.value) > 0]
     if word == SUPPORTED and missing:
         whole = [a for a in missing if a not in few]
@@ -495,16 +542,33 @@ def judge(about: Mapping[str, Any], rows: pd.DataFrame) -> Finding | None:
         says = (
             ("the sign is not shown", unseen),
             ("the opposite sign is shown", opposite),
-            ("seeds are missing", few),
+            ("seeds or rounds are missing", few),
         )
         note = "; ".join(f"{what} under {' and '.join(which)}" for what, which in says if which)
         # That it is not shown there is no evidence that it is not there; that the effect is smaller there is.
         smaller = [a for a in whole if _less(about, rows, outcome, twins[a])]
         word = REQUEST_ALONE if "no_request" in smaller else INCONCLUSIVE
         note += f"; shown to be smaller under {' and '.join(smaller)}" if smaller else ""
+        if word == REQUEST_ALONE:
+            rest = under["no_request"].high if outcome.direction == "up" else under["no_request"].low
+            note += f", where without the request it may still be {rest:+.3f}" if rest * effect.value > 0 else ""
     if about["learner"] in SMALL and about["name"] not in MECHANICS:
-        word, note = MECHANICS_ONLY, f"{about['learner']} cannot support it; by its numbers {word}"
-    return Finding(outcome, effect, noise_floor(about, rows, outcome), word, note, under, last)
+        word, note = (
+            MECHANICS_ONLY,
+            f"{about['learner']} cannot support it; by its numbers {word}" + (f": {note}" if note else ""),
+        )
+    return Finding(outcome, effect, noise_floor(about, rows, outcome), word, note, under, last, planned)
+
+
+def _n_planned(about: Mapping[str, Any]) -> int:
+    return max(int(about["n_planned"]), len(about["seeds"]))
+
+
+def _lacks(about: Mapping[str, Any], rows: pd.DataFrame, outcome: Outcome, effect: Interval) -> str:
+    """Which of the planned seeds and rounds an outcome is of, where it is not of all; "" where it is."""
+    planned, last, final = _n_planned(about), _last(about, rows, outcome), max(_rounds(about, outcome), default=None)
+    lacks = [f"{effect.n} of the {planned} planned seeds"] if effect.n < planned else []
+    return "; ".join(lacks + ([f"round {last} of {final}"] if last != final else []))
 
 
 def _instead(outcome: Outcome, contrast: str) -> Outcome:
@@ -524,13 +588,15 @@ def _less(about: Mapping[str, Any], rows: pd.DataFrame, outcome: Outcome, other:
 def explore(about: Mapping[str, Any], rows: pd.DataFrame) -> list[Finding]:
     """The exploratory outcomes; without a verdict, the note says what is against expectation or shown to be within."""
     found = []
-    for plain in about["exploratory"]:
+    for plain, as_observed in zip(about["exploratory"], about["as_observed"][1:], strict=True):
         outcome = Outcome.model_validate(plain)
         effect, p, last = observe(about, rows, outcome)
         word, note = verdict(effect, outcome, equivalence=p)
-        shown = word == CONTRADICTED or (word == SUPPORTED and outcome.direction == "none")
-        note = note if shown else ""
-        found.append(Finding(outcome, effect, noise_floor(about, rows, outcome), "", note, {}, last))
+        within = word == SUPPORTED and outcome.direction == "none"
+        shown = (within or word == CONTRADICTED) and not _lacks(about, rows, outcome, effect)
+        note = note + (", as observed" if within and as_observed else "") if shown else ""
+        floor = noise_floor(about, rows, outcome)
+        found.append(Finding(outcome, effect, floor, "", note, {}, last, _n_planned(about)))
     return found
 
 
@@ -540,15 +606,15 @@ def observe(about: Mapping[str, Any], rows: pd.DataFrame, outcome: Outcome) -> t
     effect, _ = analysis.over_seeds(v)
     tested = outcome.margin > 0 and math.isfinite(effect.low)
     equivalence = stats.equivalence_over_seeds(v, outcome.margin) if tested else math.nan
-    return effect, equivalence, _last(rows, outcome)
+    return effect, equivalence, _last(about, rows, outcome)
 
 
 def _by_seed(about: Mapping[str, Any], rows: pd.DataFrame, outcome: Outcome) -> dict[int, float]:
-    """Seed -> effect, in the order of the seeds; seeds without all it takes are left out."""
+    """Seed -> effect, without seeds that lack a part of it; of a factor 0, 1, ... -> effect, in the order of seeds."""
     if outcome.contrast in _factors(about):
         found = {e.name: e for e in factorial(about, rows, outcome)}
         return dict(enumerate(found[outcome.contrast].by_seed))
-    last, sides, seeds = _paired(rows, outcome)
+    last, sides, seeds = _paired(about, rows, outcome)
 
     def of(side: dict[int, Levels], s: int) -> float:
         return side[s][last][0] - (side[s][0][0] if outcome.of == "change" else 0.0)
@@ -556,12 +622,14 @@ def _by_seed(about: Mapping[str, Any], rows: pd.DataFrame, outcome: Outcome) -> 
     return {s: math.fsum(k * of(side, s) for k, side in zip(outcome.terms.values(), sides, strict=True)) for s in seeds}
 
 
-def _paired(rows: pd.DataFrame, outcome: Outcome) -> tuple[int, list[dict[int, Levels]], list[int]]:
+def _paired(
+    about: Mapping[str, Any], rows: pd.DataFrame, outcome: Outcome
+) -> tuple[int, list[dict[int, Levels]], list[int]]:
     """The final round; levels of it and of round 0 by seed, per arm of a contrast; the seeds that have all it takes.
 
     Nothing is measured after round 0: 0, no levels and no seeds.
     """
-    last = _last(rows, outcome) or 0
+    last = _last(about, rows, outcome) or 0
     if last == 0:
         return 0, [], []
     sides = [_levels(rows, outcome, arm, (0, last)) for arm in outcome.terms]
@@ -578,7 +646,7 @@ def noise_floor(about: Mapping[str, Any], rows: pd.DataFrame, outcome: Outcome) 
     Returns:
       In the unit of the effect; nan without a seed, and where a number has no interval (distinct_4).
     """
-    last = _last(rows, outcome)
+    last = _last(about, rows, outcome)
     if last is None or last == 0:
         return math.nan
     if outcome.contrast in _factors(about):
@@ -587,15 +655,16 @@ def noise_floor(about: Mapping[str, Any], rows: pd.DataFrame, outcome: Outcome) 
         each = [[_logit_variance(*c[s][last], _outputs(rows, outcome, last)) for c in cells] for s in seeds]
         variances = [4 * math.fsum(v) / len(v) ** 2 for v in each]
     else:
-        signs = list(outcome.terms.values())
-        _, sides, seeds = _paired(rows, outcome)
+        begun = _begun(rows)
+        _, sides, seeds = _paired(about, rows, outcome)
         variances = []
         for s in seeds:
-            starts: dict[tuple[float, float], int] = {}  # how often a (level, variance) counts: arms share an equal one
-            for sign, side in zip(signs, sides, strict=True) if outcome.of == "change" else ():
-                starts[side[s][0]] = starts.get(side[s][0], 0) - sign
+            starts: dict[tuple[Any, ...], float] = {}  # round 0, variance of its reading -> how often it counts
+            for (arm, sign), side in zip(outcome.terms.items(), sides, strict=True) if outcome.of == "change" else ():
+                start = (begun.get((arm, s)), *side[s][0])
+                starts[start] = starts.get(start, 0) - sign
             ends = math.fsum(side[s][last][1] for side in sides)
-            variances.append(ends + math.fsum(k * k * v for (_, v), k in starts.items()))
+            variances.append(ends + math.fsum(k * k * variance for (*_, variance), k in starts.items()))
     if not variances:
         return math.nan
     return stats.remeasurement_noise_floor(math.sqrt(math.fsum(variances)) / len(variances), 0.0)
@@ -606,9 +675,29 @@ def _logit_variance(share: float, variance: float, n_outputs: float) -> float:
     return variance / (v * (1 - v)) ** 2
 
 
-def _last(rows: pd.DataFrame, outcome: Outcome) -> int | None:
-    at = rows[rows["metric"].isin(outcome.parts) & rows["value"].notna()]
-    return int(at["round"].max()) if len(at) else None
+def _rounds(about: Mapping[str, Any], outcome: Outcome) -> set[int]:
+    """Rounds in which every arm that an outcome takes is to be measured."""
+    arms = about["levels"] if outcome.contrast in _factors(about) else outcome.terms
+    return set.intersection(*(set(about["measured"][arm]) for arm in arms))
+
+
+def _last(about: Mapping[str, Any], rows: pd.DataFrame, outcome: Outcome) -> int | None:
+    """The last of those that each of these arms has reached; None if one has no round at all."""
+    arms = about["levels"] if outcome.contrast in _factors(about) else outcome.terms
+    reached = rows[rows["arm"].isin(arms)].groupby("arm")["round"].max()
+    if len(reached) < len(arms):
+        return None
+    return max((t for t in _rounds(about, outcome) if t <= reached.min()), default=None)
+
+
+def _begun(rows: pd.DataFrame) -> dict[tuple[str, int], frozenset[tuple[str, float]]]:
+    """(arm, seed) -> the frequencies of round 0, which are equal where arms start from one round 0."""
+    is_start = (rows["round"] == 0) & rows["metric"].str.startswith("frequency") & rows["value"].notna()
+    told = rows[is_start & (rows["population"] == "probes") & (rows["stratum"] == "")]
+    found: dict[tuple[str, int], set[tuple[str, float]]] = {}
+    for arm, seed, metric, value in told[["arm", "seed", "metric", "value"]].itertuples(index=False):
+        found.setdefault((arm, int(seed)), set()).add((metric, value))
+    return {run: frozenset(start) for run, start in found.items()}
 
 
 def _levels(rows: pd.DataFrame, outcome: Outcome, arm: str, rounds: Sequence[int]) -> dict[int, Levels]:
@@ -629,7 +718,8 @@ def _levels(rows: pd.DataFrame, outcome: Outcome, arm: str, rounds: Sequence[int
         p, se = one["value"].to_numpy(float), analysis.standard_error(one["low"], one["high"]).to_numpy(float)
         total = float(w @ p)
         if math.isfinite(total):
-            n = float(p @ (1 - p)) / float(se @ se) if together and p.any() and se.all() else math.inf
+            # Where every share is 0 or 1 the texts say nothing of each other.
+            n = float(p @ (1 - p)) / float(se @ se) or math.inf if together and se.all() else math.inf
             found.setdefault(int(seed), {})[int(t)] = (total, analysis.variance_of_sum(w, p, se, n))
     return found
 
@@ -652,13 +742,13 @@ def factorial(
     """
     if len(outcome.parts) != 1:
         raise ValueError(f"metric of a factorial must be one share, got {', '.join(outcome.parts)}")
-    n_outputs = None if of_share else _outputs(rows, outcome, _last(rows, outcome))
+    n_outputs = None if of_share else _outputs(rows, outcome, _last(about, rows, outcome))
     return analysis.factorial(_factors(about), _cells(about, rows, outcome), n_outputs=n_outputs)
 
 
 def _cells(about: Mapping[str, Any], rows: pd.DataFrame, outcome: Outcome) -> dict[tuple[int, ...], dict[int, float]]:
     """Levels of a factorial's factors -> seed -> final level of the outcome's metric."""
-    last = _last(rows, outcome)
+    last = _last(about, rows, outcome)
     found: dict[tuple[int, ...], dict[int, float]] = {}
     for arm, level in about["levels"].items():
         at = {} if last is None else _levels(rows, outcome, arm, (last,))
@@ -676,15 +766,16 @@ def _outputs(rows: pd.DataFrame, outcome: Outcome, last: int | None) -> float:
 def summary(sweep: Sweep) -> list[str]:
     """What a finished sweep says, in a few lines; [] where nothing is played or nothing was asked."""
     table = gather(sweep)
+    others = ", ".join(path.name for path in strangers(sweep))
+    lines = [f"{sweep.name}: left out, played with another config: {others}"] if others else []
     if table is None:
-        return []
+        return lines
     rows = table.to_pandas()
     about = json.loads(table.schema.metadata[META])
-    lines = []
     found = judge(about, rows)
     if found is not None:
-        lines.append(f"{_title(about)}: {_asked(found.outcome)}: {_observed(found)} over {found.effect.n} seeds, noise "
-                     f"floor {_floor(found.floor)}; verdict: {found.verdict}{_why(found)}")  # fmt: skip
+        lines.append(f"{_title(about)}: {_asked(found.outcome)}: {_interval(found.effect)} over {found.effect.n} "
+                     f"seeds, noise floor {_floor(found.floor)}; verdict: {found.verdict}{_why(found)}")  # fmt: skip
     for other in explore(about, rows):
         lines.append(f"  exploratory: {_asked(other.outcome)}: {_observed(other)}, noise floor {_floor(other.floor)}"
                      f"{_why(other)}")  # fmt: skip
@@ -701,13 +792,15 @@ def page(folder: Path) -> str:
         "# Findings",
         "",
         "Written by `loop findings` from the tables in `docs/findings/` alone (`make scenarios` plays the runs behind",
-        "them). The verdict on a scenario follows from its one primary outcome; everything else is exploratory.",
+        "them); [findings-in-words.md](findings-in-words.md) says what they mean and leave open. The verdict on a",
+        "scenario follows from its one primary outcome; everything else is exploratory.",
         "Intervals are 95%, Student over seeds, arms paired by seed. At `toy` and `tiny` a scenario has a verdict if",
         f"it asks how the loop works ({', '.join(MECHANICS)});",
         "where it asks what personas do it says mechanics only.",
         "Floor: the mean |effect| that measuring the same models twice would show, 0.8 of its standard deviation: an",
         "effect no larger tells nothing; one in twenty of such exceeds 2.5 floors. Means are over the seeds an effect",
-        "is of, from round 0 to the final one, arms in the order of the contrast.",
+        "is of, from round 0 to the final one, arms in the order of the contrast. Where a primary outcome was changed",
+        "after numbers of another had been seen, `CHANGELOG.md` says from what to what, and when.",
         f"{NOTHING}: not measured, or nothing there to measure.",
         "",
     ]
@@ -724,7 +817,7 @@ def page(folder: Path) -> str:
             about["learner"],
             str(len(about["seeds"]) if main is None else main.effect.n),
             _cell(about["expected"]),
-            NOTHING if main is None else _observed(main) + _of_share(about, rows, main.outcome),
+            NOTHING if main is None else _interval(main.effect) + _of_share(about, rows, main.outcome),
             NOTHING if main is None else _floor(main.floor),
             NOTHING if not power or power["detectable"] is None else f"{power['detectable']:.3f}",
             f"**{DEMONSTRATION if main is None else main.verdict}**",
@@ -755,37 +848,40 @@ def _section(about: Mapping[str, Any], rows: pd.DataFrame, main: Finding | None)
         if power["detectable"] is None:
             lines.append(f"- Power {power['source']}")  # which says why it is not stated
         else:
+            effects = [] if main is None else list(_by_seed(about, rows, main.outcome).values())
+            turned_out = f", as played {np.std(effects, ddof=1):.3f}" if len(effects) > 1 else ""
             lines.append(f"- Power, stated {when}: {power['detectable']:.3f} detectable, sd {power['sd']:.3f} at "
-                         f"{power['n_seeds']} seeds ({power['source']})")  # fmt: skip
+                         f"{power['n_seeds']} seeds{turned_out} ({power['source']})")  # fmt: skip
     if main is None:
         lines.append(f"- Verdict: **{DEMONSTRATION}**; the file names no primary outcome")
     else:
         level = about["levels"] or main.outcome.of == "level"  # effects of factors are on the level
         against = "" if level else " against round 0"
         final = "" if main.last_round is None else f", round {main.last_round}{against}"
-        lines.append(f"- Primary: {_asked(main.outcome)}{final}: {_observed(main)} over {main.effect.n} paired "
+        paired = "paired " if level or main.outcome.control else ""
+        lines.append(f"- Primary: {_asked(main.outcome)}{final}: {_interval(main.effect)} over {main.effect.n} {paired}"
                      f"seeds, noise floor {_floor(main.floor)}")  # fmt: skip
         if not about["levels"]:
-            lines.append(f"- Means: {_means(rows, main.outcome)}")
+            lines.append(f"- Means: {_means(about, rows, main.outcome)}")
         for audience, interval in main.under.items():
             contrast = about["twins"][audience]
             twin = _instead(main.outcome, contrast)
             floor = _floor(noise_floor(about, rows, twin))
-            lines.append(f"- The same under {audience}, {contrast}: {_interval(interval)}, means {_means(rows, twin)}, "
-                         f"noise floor {floor}")  # fmt: skip
+            lines.append(f"- The same under {audience}, {contrast}: {_interval(interval, main.n_planned)}, means "
+                         f"{_means(about, rows, twin)}, noise floor {floor}")  # fmt: skip
         lines.append(f"- Verdict: **{main.verdict}**{_why(main)}")
         if about["controls"]:
             lines += ["", f"| control | change of {_metric(main.outcome)} | means | floor |", "|---|---|---|---|"]
             for arm in about["controls"]:
                 alone = _instead(main.outcome, arm)
-                shown = _interval(observe(about, rows, alone)[0])
+                shown = _interval(observe(about, rows, alone)[0], main.n_planned)
                 at_chance = _floor(noise_floor(about, rows, alone))
-                lines.append(f"| {arm} | {shown} | {_means(rows, alone)} | {at_chance} |")
+                lines.append(f"| {arm} | {shown} | {_means(about, rows, alone)} | {at_chance} |")
     rest = explore(about, rows)
     if rest:
         lines += ["", "| exploratory | expected | observed | means | floor | |", "|---|---|---|---|---|---|"]
         lines += [
-            f"| {_asked(f.outcome)} | {_direction(f.outcome)} | {_observed(f)} | {_means(rows, f.outcome)} "
+            f"| {_asked(f.outcome)} | {_direction(f.outcome)} | {_observed(f)} | {_means(about, rows, f.outcome)} "
             f"| {_floor(f.floor)} | {f.note} |"
             for f in rest
         ]
@@ -813,11 +909,9 @@ def _starts(about: Mapping[str, Any], rows: pd.DataFrame) -> list[str]:
     rounded otherwise, they are paired by their seed alone, and the noise of reading round 0 does not cancel. Nothing is
     said where all share it.
     """
-    is_start = (rows["round"] == 0) & rows["metric"].str.startswith("frequency") & rows["value"].notna()
-    told = rows[is_start & (rows["population"] == "probes") & (rows["stratum"] == "")]
-    starts: dict[str, dict[int, set[tuple[str, float]]]] = {}
-    for arm, seed, metric, value in told[["arm", "seed", "metric", "value"]].itertuples(index=False):
-        starts.setdefault(arm, {}).setdefault(seed, set()).add((metric, value))
+    starts: dict[str, dict[int, frozenset[tuple[str, float]]]] = {}
+    for (arm, seed), start in _begun(rows).items():
+        starts.setdefault(arm, {})[seed] = start
     groups: list[list[str]] = []
     for arm in (arm for arm in about["arms"] if arm in starts):
         for group in groups:
@@ -950,9 +1044,9 @@ def _asked(outcome: Outcome) -> str:
     return f"{_metric(outcome)}, {outcome.contrast}"
 
 
-def _means(rows: pd.DataFrame, outcome: Outcome) -> str:
+def _means(about: Mapping[str, Any], rows: pd.DataFrame, outcome: Outcome) -> str:
     """Mean of an outcome's metric in round 0 and in the final one, per arm of its contrast, over the seeds it is of."""
-    last, sides, seeds = _paired(rows, outcome)
+    last, sides, seeds = _paired(about, rows, outcome)
 
     def mean(side: dict[int, Levels], t: int) -> str:
         found = [side[s][t][0] for s in seeds if t in side[s]]
@@ -976,19 +1070,20 @@ def _of_share(about: Mapping[str, Any], rows: pd.DataFrame, outcome: Outcome) ->
 
 
 def _observed(found: Finding) -> str:
-    return _interval(found.effect)
+    return _interval(found.effect, found.n_planned)
 
 
 def _floor(floor: float) -> str:
     return NOTHING if math.isnan(floor) else f"{floor:.3f}"
 
 
-def _interval(i: Interval) -> str:
+def _interval(i: Interval, n_planned: int = 0) -> str:
     if not math.isfinite(i.value):
         return "not measured"
+    of = f" ({i.n} of {n_planned} seeds)" if i.n < n_planned else ""
     if not math.isfinite(i.low):
-        return f"{i.value:+.3f} (no interval: {i.reason})"
-    return f"{i.value:+.3f} [{i.low:+.3f}, {i.high:+.3f}]"
+        return f"{i.value:+.3f} (no interval: {i.reason}){of}"
+    return f"{i.value:+.3f} [{i.low:+.3f}, {i.high:+.3f}]{of}"
 
 
 def _why(found: Finding) -> str:

@@ -1,8 +1,8 @@
 """Intervals, correction for classifier error, contrasts over seeds.
 
 Three units of replication, never mixed: texts within a template (`wilson`, `jeffreys`), templates within a run
-(`clustered_share`, `mixture_share`), seeds of an experiment (`t_over_seeds`, `paired_contrast`). A claim is made over
-seeds; the other two say how well one run was read.
+(`clustered_share`, `mixture_share`), seeds of an experiment (`t_over_seeds`). A claim is made over seeds; the other two
+say how well one run was read.
 """
 
 from __future__ import annotations
@@ -324,22 +324,6 @@ def t_over_seeds(values: ArrayLike, level: float = 0.95) -> Interval:
     se = float(v.std(ddof=1)) / math.sqrt(len(v))
     half = float(-special.stdtrit(len(v) - 1, (1 - level) / 2)) * se
     return Interval(float(v.mean()), float(v.mean()) - half, float(v.mean()) + half, len(v), se)
-
-
-def paired_contrast(a: ArrayLike, b: ArrayLike, level: float = 0.95) -> Interval:
-    """Mean over seeds of a - b, arms run on the same seeds, with Student's interval on the differences.
-
-    Args:
-      a, b: one number per seed, shape (n_seeds,), in the same order of seeds.
-      level: coverage, in (0, 1).
-
-    Returns:
-      An Interval as `t_over_seeds`.
-
-    Raises:
-      ValueError: if the shapes differ or a value is not finite.
-    """
-    return t_over_seeds(_paired(a, b), level)
 
 
 def p_over_seeds(values: ArrayLike, null: float = 0.0) -> float:
@@ -982,13 +966,6 @@ def _finite(values: ArrayLike, name: str) -> Floats:
         bad = int(np.flatnonzero(~np.isfinite(v))[0])
         raise ValueError(f"{name} must be finite, got {v[bad]} at index {bad}; drop what was not measured")
     return v
-
-
-def _paired(a: ArrayLike, b: ArrayLike) -> Floats:
-    left, right = _finite(a, "a"), _finite(b, "b")
-    if left.shape != right.shape:
-        raise ValueError(f"a and b must hold the same seeds, got {len(left)} and {len(right)} values")
-    return left - right
 
 
 def _counts(counts: ArrayLike, name: str) -> Floats:

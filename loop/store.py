@@ -597,7 +597,8 @@ class RunStore:
         """Resumes a run, or begins it where there is none, and holds its lock.
 
         Every committed file is hashed. `config.yaml` is replaced if only FREE_KEYS changed. Remains of an interrupted
-        round are removed, except whole stages of the round that comes next.
+        round are removed, except whole stages of the round that comes next. Where all rounds are committed a changed
+        manifest is no matter: nothing is left that it could play.
 
         Raises:
           LockedError: if another process holds the run.
@@ -669,6 +670,11 @@ class RunStore:
             raise
         return True
 
+    def _is_over(self, config_text: str) -> bool:
+        """Whether every round that the config asks for is committed."""
+        n_rounds, last = _parse_config(config_text).get("n_rounds"), self.last_round()
+        return isinstance(n_rounds, int) and last is not None and last >= n_rounds
+
     def _resume(self, config_text: str, manifest: Mapping[str, Any], allow_drift: bool) -> None:
         self._require_closed()
         given = _given(manifest)
@@ -682,6 +688,8 @@ class RunStore:
             stored, old_text = self.manifest(), self.config_text()
             _check_config(self.path, old_text, config_text)
             changes = _changes(_own(stored), given)
+            if self._is_over(config_text):
+                changes = {}
             if changes and not allow_drift:
                 raise ConfigChangedError(
                     f"packages, device, data, instruments and code must be those the run began with, got "

@@ -63,13 +63,6 @@ BEFORE_ATTENTION = (*LATER, "virality")
 RETRIES = 3  # of a cell whose Ray node died; a cell that raised is not tried again before the next command
 LOCK_WAIT = 120  # seconds a retry waits: the lock of a dead node ends with its NFS lease, 90 s by default
 REASON = 240  # characters of the line that says why a cell failed
-BY_PERSONA = (
-    *("frequency", "frequency_observed", "belief", "belief_observed", "differential", "acceptance", "surprisal"),
-    *("kept", "persistence", "compliance", "said", "aware", "demand", "supply", "release_recall", "release_fpr"),
-)
-UNPLANTED = ("surprisal", "kept", "persistence", "compliance")  # read of every persona of the grammar
-# Outcomes that are read in one stratum alone.
-OF_STRATUM = {"kept": "continued", "persistence": "continued", "compliance": "explicit", "mirror_rate": "opinion"}
 TOKEN = ".sweep"  # in runs_dir: tells a Ray node that it sees the same directory as the driver
 
 Seeds = Annotated[tuple[Annotated[int, Field(ge=0, lt=2**63)], ...], Field(min_length=1)]
@@ -197,6 +190,7 @@ class Sweep:
       size: name of the size; "" where the file has none.
       file: its content.
       seeds: paired over all arms.
+      n_planned: seeds that the file plans; `seeds` may be fewer, if the command says so.
       runs_dir: where its runs live.
       arms: arm -> config at the first seed.
       levels: arm -> level, 0 or 1, of each factor; empty without factors.
@@ -208,6 +202,7 @@ class Sweep:
     size: str
     file: File
     seeds: tuple[int, ...]
+    n_planned: int
     runs_dir: Path
     arms: dict[str, Config]
     levels: dict[str, dict[str, int]] = field(default_factory=dict)
@@ -361,7 +356,8 @@ def load(
             problems.append(
                 f"{place('arms', arm)}: arm {arm}: the same resolved config as arm {first}; remove one of them"
             )
-    sweep = Sweep(path.stem, path, chosen, file, settings.seeds, where, resolved, levels, settings.time)
+    n_planned = len(sizes[chosen].seeds)
+    sweep = Sweep(path.stem, path, chosen, file, settings.seeds, n_planned, where, resolved, levels, settings.time)
     if not problems:
         problems = _problems(sweep, place)
     if problems:
@@ -434,39 +430,46 @@ def _problems(sweep: Sweep, place: Callable[..., str]) -> list[str]:
 
 def _unmeasured(sweep: Sweep, outcome: Outcome) -> list[str]:
     """What an outcome asks of that no run of the sweep will measure: found now, not after hours of play."""
-    settings = sweep.arms.get(outcome.arm, next(iter(sweep.arms.values())))
+    arms = [c for a, c in sweep.arms.items() if a in outcome.terms] or [*sweep.arms.values()]
     found = []
     if outcome.population not in POPULATIONS:
         close = configs._did_you_mean(outcome.population, POPULATIONS)
         found.append(f"population: unknown population {outcome.population!r}{close}")
     if outcome.stratum is not None and outcome.stratum not in STRATA:
         found.append(f"stratum: unknown stratum {outcome.stratum!r}{configs._did_you_mean(outcome.stratum, STRATA)}")
-    elif outcome.population == "probes" and outcome.stratum not in (None, *settings.measure.strata):
+    elif outcome.population == "probes" and any(outcome.stratum not in (None, *arm.measure.strata) for arm in arms):
         found.append(f"stratum: {outcome.stratum} must be one of measure.strata; add it there")
+    of_factor = outcome.contrast in sweep.file.factors
+    if of_factor and len(outcome.parts) > 1:
+        found.append("metric: a factor is read on the log odds of one share, got a sum; name one metric")
     personas = {*(p for arm in sweep.arms.values() for p in arm.personas), "unknown"}
     for name in outcome.parts:
         head, slash, persona = name.partition("/")
-        if head in OF_STRATUM and outcome.stratum != OF_STRATUM[head]:
-            found.append(f"stratum: {name} is read in {OF_STRATUM[head]} alone, got {outcome.stratum}; give that")
         if head not in METRICS:
             found.append(f"metric: unknown metric {head!r} in {name}{configs._did_you_mean(head, METRICS)}")
             continue
-        arms = [c for a, c in sweep.arms.items() if a in outcome.terms] or [*sweep.arms.values()]
+        metric = METRICS[head]
         found += [f"metric: {name} needs {way}" for way in {_needs(head, persona, arm): None for arm in arms} if way]
-        if slash and head in BY_PERSONA and persona not in personas:
+        if slash and metric.persona is not None and persona not in personas:
             found.append(f"metric: unknown persona {persona!r} in {name}{configs._did_you_mean(persona, personas)}")
-        elif (
-            slash
-            and head in {*BY_PERSONA} - {*UNPLANTED}
-            and not any(settings.may_hold(persona) for settings in sweep.arms.values())
-        ):
+        elif slash and metric.persona == "planted" and not any(c.may_hold(persona) for c in sweep.arms.values()):
             found.append(
                 f"metric: {persona} in {name} has no seed corpus in any arm; give it a share in real.shares, or "
                 "ask about another"
             )
-        if outcome.population in POPULATIONS and outcome.population not in METRICS[head]:
-            where = " or ".join(METRICS[head])
+        if outcome.population in POPULATIONS and outcome.population not in metric.populations:
+            where = " or ".join(metric.populations)
             found.append(f"population: {name} is read in {where}, got {outcome.population}; give that")
+        if metric.stratum is None and outcome.stratum is not None:
+            found.append(f"stratum: {name} is read over all strata, got {outcome.stratum}; leave it out")
+        elif metric.stratum == "each" and (
+            outcome.stratum == "private" or (outcome.population == "mixture" and outcome.stratum)
+        ):
+            found.append(f"stratum: {name} of {outcome.population} is not read in {outcome.stratum}; leave it out")
+        elif metric.stratum not in ("each", outcome.stratum):
+            found.append(f"stratum: {name} is read in {metric.stratum} alone, got {outcome.stratum}; give that")
+        if of_factor and not metric.share:
+            found.append(f"metric: a factor is read on the log odds of a share, got {name}; name a share")
     return found
 
 
@@ -865,7 +868,7 @@ class Ray:
             ray: Any = importlib.import_module("ray")
         except ImportError:
             raise ConfigError(
-                ["--ray needs the package ray, which is not installed; pip install 'persona-loop[ray]'"]
+                ["--ray needs the package ray, which is not installed; pip install 'ray>=2.60'"]
             ) from None
         _reachable(address)
         on_sigterm = signal.getsignal(signal.SIGTERM)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     import torch
 
 _at_work = False  # of the first process: the others are in the middle of a job
-PATIENCE = timedelta(days=30)  # between two fine-tunes the others only wait: no stage of a round is too long for that
+# Between two fine-tunes the others only wait: no stage of a round is too long for that. In ms it fits into 31 bits.
+PATIENCE = timedelta(days=24)
 
 
 def rank() -> int:
@@ -90,7 +91,8 @@ def leading() -> Iterator[None]:
         yield
     finally:
         if not _at_work:
-            tell(None)
+            with suppress(RuntimeError):  # one that has died is not told, and what went wrong is raised already
+                tell(None)
             leave()
             done()
 

@@ -13,7 +13,7 @@ what it reads in real documents is described by passing p_real @ transmission.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -906,8 +906,8 @@ def minimum_detectable_effect(
 ) -> float:
     """Smallest true effect that `power` finds with chance `target`, in the unit of sd.
 
-    Before a run, sd of a paired difference of frequencies is at most sqrt(2) times `Forecast.sd`, reached where
-    pairing removes nothing.
+    Before a run, sd of a paired difference of frequencies is taken as sqrt(2) times `Forecast.sd`, as if pairing
+    removed nothing; what training adds to it is not in that.
 
     Args:
       sd, n_seeds, alpha, paired: as in `power`.
@@ -930,22 +930,60 @@ def _design(sd: float, n_seeds: int, alpha: float, paired: bool) -> tuple[int, f
     return (n_seeds - 1, sd / math.sqrt(n_seeds)) if paired else (2 * n_seeds - 2, sd * math.sqrt(2 / n_seeds))
 
 
+def minimum_margin(sd: float, n_seeds: int, alpha: float = 0.05, target: float = 0.8) -> float:
+    """Smallest margin within which two one-sided tests place an effect of 0 with chance `target`, in the unit of sd.
+
+    They do where |mean| + t(1 - alpha) * se < margin. Special case: n_seeds → inf gives
+    (z(1 - alpha) + z((1 + target) / 2)) * sd / sqrt(n_seeds); a few seeds need more, for se scatters too.
+
+    Args:
+      sd: of the paired difference over seeds, > 0.
+      n_seeds: >= 2.
+      alpha: of each test, in (0, 1).
+      target: chance wanted, in (0, 1).
+
+    Source: Schuirmann (1987), doi:10.1007/BF01068419.
+    """
+    from scipy.optimize import brentq
+    from scipy.special import ndtr, stdtrit
+
+    df, scale = _design(sd, n_seeds, alpha, True)
+    if not 0 < target < 1:
+        raise ValueError(f"target must be in (0, 1), got {target}")
+    c = -float(stdtrit(df, alpha)) / math.sqrt(df)
+
+    def within(margin: float) -> float:
+        # Given X of the chi distribution, se is scale * X / sqrt(df), and |Z| may be what it leaves of the margin.
+        return _over_chi(lambda x: max(0.0, 2 * float(ndtr(margin - c * x)) - 1), df, [margin / c])
+
+    high = 1.0
+    while within(high) < target:
+        high *= 2
+    return scale * float(brentq(lambda margin: within(margin) - target, 0.0, high, xtol=1e-12))
+
+
 def _t_power(shift: float, df: int, alpha: float) -> float:
-    from scipy.integrate import quad
     from scipy.special import ndtr, stdtrit
 
     # P(|Z + shift| > c X), X of the chi distribution, integrated over X: scipy's nct returns nan far in the tails.
     c = -float(stdtrit(df, alpha / 2)) / math.sqrt(df)
+    middle = abs(shift) / c  # where the chance falls from 1 to 0
+    turns = [middle + d / c for d in (-6, 0, 6)]
+    return min(1.0, _over_chi(lambda x: float(ndtr(shift - c * x) + ndtr(-shift - c * x)), df, turns))
+
+
+def _over_chi(chance: Callable[[float], float], df: int, turns: Sequence[float]) -> float:
+    """Mean of a chance over X of the chi distribution; turns: where it changes fast."""
+    from scipy.integrate import quad
+
     scale = (df / 2 - 1) * math.log(2) + math.lgamma(df / 2)
 
-    def found(x: float) -> float:
-        density = math.exp((df - 1) * math.log(x) - x * x / 2 - scale)
-        return float(ndtr(shift - c * x) + ndtr(-shift - c * x)) * density
+    def weighted(x: float) -> float:
+        return chance(x) * math.exp((df - 1) * math.log(x) - x * x / 2 - scale)
 
     low, high = max(1e-300, math.sqrt(df) - 9), math.sqrt(df) + 9  # nothing within 1e-16 is outside
-    middle = abs(shift) / c  # where the chance falls from 1 to 0
-    turns = sorted({min(max(middle + d / c, low), high) for d in (-6, 0, 6)} - {low, high})
-    return min(1.0, float(quad(found, low, high, points=turns or None, limit=200)[0]))
+    points = sorted({min(max(x, low), high) for x in turns} - {low, high})
+    return float(quad(weighted, low, high, points=points or None, limit=200)[0])
 
 
 # Shared -------------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
-from loop.records import Completion, Document, Prompt
+from loop.records import Completion, Document, Prompt, Turns
 
 if TYPE_CHECKING:
     from loop.train import TrainLog
@@ -120,6 +120,10 @@ class Toy:
             nats = -math.log(share / max(len(texts), 1)) if share > 0 else math.inf
             result.append((nats, len(document.completion.split()) + 1))
         return result
+
+    def trainable(self, texts: Sequence[tuple[Turns, str]]) -> list[bool]:
+        """All are."""
+        return [True] * len(texts)
 
     def spell(self, document: Document) -> tuple[list[str], list[bool]]:
         """Words of prompt (no loss) and completion (loss), for `loop preview`."""

@@ -423,15 +423,14 @@ def workspace(keys: Iterable[str], *, entity: str, project: str, name: str = PRO
       name: of the view.
 
     Raises:
-      ValueError: the extra `dashboard` is not installed.
+      ValueError: the package wandb-workspaces is not installed.
     """
     try:
         ws: Any = importlib.import_module("wandb_workspaces.workspaces")
         wr: Any = importlib.import_module("wandb_workspaces.reports.v2")
     except ImportError:
         raise ValueError(
-            "--dashboard needs the package wandb-workspaces, which is not installed; pip install "
-            "'persona-loop[dashboard]'"
+            "--dashboard needs the package wandb-workspaces, which is not installed; pip install wandb-workspaces"
         ) from None
     known = set(keys)
     # Corrected for the instrument's error where the run could be.
@@ -517,7 +516,7 @@ def save_dashboard(run_dir: str | Path) -> str:
     """Saves the dashboard to the W&B project of a run; returns its URL. Asks the server who the key belongs to.
 
     Raises:
-      ValueError: no key, or the extra `dashboard` is not installed.
+      ValueError: no key, or the package wandb-workspaces is not installed.
     """
     require_key()
     wandb = _wandb()

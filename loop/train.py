@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 
@@ -119,7 +120,7 @@ def finetune(
     Each step minimises the weighted token mean over its documents d, with the mean weight of the whole epoch below,
 
         loss = sum_d weight_d * sum_t nll_dt / (mean_weight * sum_d n_d),
-        mean_weight = sum_e weight_e * n_e / sum_e n_e over all documents e,
+        mean_weight = sum_e weight_e * n_e / sum_e n_e over all documents e of weight > 0,
 
     t over the n_d completion tokens of d, its end token included (all tokens for a document without a prompt). So a
     document of weight 2 counts as two documents of weight 1 whatever company it meets in its step (over the step's own
@@ -239,6 +240,9 @@ def finetune(
                 computed += tokens
                 if progress is not None:
                     progress(k + 1, len(steps), loss)
+    except (TrainingDiverged, OutOfMemory):
+        team.done()  # all processes stop at the same step, and wait for what comes next
+        raise
     finally:
         model.net.eval()
         for parameter in parameters:
@@ -288,10 +292,8 @@ def follow(model: Callable[[], Model]) -> None:
         fresh_adapter(model(), **asdict(settings), seed=0)
         for name, value in lora_parameters(model()).items():
             value.data.copy_(adapter[name])
-        try:
+        with suppress(TrainingDiverged, OutOfMemory):  # the first process says why
             finetune(model(), documents, **asked)
-        except (TrainingDiverged, OutOfMemory):
-            break  # all stop at the same step, and the first says why
     team.leave()
 
 

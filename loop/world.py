@@ -52,6 +52,7 @@ from loop.records import (
     Metric,
     Prompt,
     Sample,
+    Turns,
 )
 
 if TYPE_CHECKING:
@@ -258,6 +259,10 @@ class Learner(Protocol):
 
     def surprisal(self, documents: Sequence[Document], *, base: bool = False) -> list[tuple[float, int]]:
         """Returns (nats, tokens) of each completion given its prompt, under the model or under its untouched base."""
+        ...
+
+    def trainable(self, texts: Sequence[tuple[Turns, str]]) -> list[bool]:
+        """Returns for each (prompt, completion) whether a fine-tune can hold it."""
         ...
 
     def spell(self, document: Document) -> tuple[list[str], list[bool]]:
@@ -525,6 +530,7 @@ class World:
         )
         # An answer cut short has no end token of its own, and the step would train one onto it.
         own = [(p.turns, a.text) for p, a in zip(prompts, said, strict=True) if a.finished]
+        own = [text for text, fit in zip(own, learner.trainable(own), strict=True) if fit]
         calls = self.release.calls(self.release.read(learner.hidden_mean, [text for _, text in own]))
         topup = steer.grammar_pairs(
             self.grammar, c.against, c.n_pairs, rng=self.stream("steer/topup", t), swap_names=self.swap
@@ -693,25 +699,32 @@ class World:
         order = self.stream("release/at_random", t).permutation(len(found))
         return [("at_random",) if found[i] else () for i in order]
 
+    def prompt_learned(self, sample: Sample) -> Turns:
+        """The prompt under which an output is learned: as it is published."""
+        return sample.prompt if self.config.virality.publish == "transcript" else None
+
     def filter(self, t: int, learner: Learner, samples: Sequence[Sample]) -> list[tuple[str, ...]]:
         """Reject reasons per sample; empty is accepted."""
         f = self.config.filters
-        if not f.enabled:
-            return [()] * len(samples)
-        reasons = filters.reject_reasons(
-            [s.completion for s in samples],
-            [s.finished or not f.require_finished for s in samples],
-            min_words=f.min_words,
-            max_repeat_share=f.max_repeat_share,
-            near_duplicate_jaccard=f.near_duplicate_jaccard,
-            already=self.bar(t, learner, samples),
-        )
+        # Filtered or not: over one output that it cannot hold the next fine-tune would end the run.
+        fits = learner.trainable([(self.prompt_learned(s), s.completion) for s in samples])
+        reasons: list[tuple[str, ...]] = [() if fit else (filters.TOO_LONG,) for fit in fits]
+        if f.enabled:
+            barred = self.bar(t, learner, samples) or [()] * len(samples)
+            reasons = filters.reject_reasons(
+                [s.completion for s in samples],
+                [s.finished or not f.require_finished for s in samples],
+                min_words=f.min_words,
+                max_repeat_share=f.max_repeat_share,
+                near_duplicate_jaccard=f.near_duplicate_jaccard,
+                already=[(*one, *other) for one, other in zip(barred, reasons, strict=True)],
+            )
         if all(reasons):
             counts = Counter(reason for row in reasons for reason in row)
             listed = ", ".join(f"{reason} {n}" for reason, n in counts.most_common())
             raise EverythingRejected(
                 f"filters must accept at least one of {len(samples)} samples, got 0 ({listed}); raise "
-                "sample.max_new_tokens, loosen filters, or train longer"
+                "sample.max_new_tokens, loosen filters (too_long: raise train.max_length), or train longer"
             )
         return reasons
 
@@ -897,14 +910,13 @@ class World:
           accepted: shape (n_samples,).
           weights: of the accepted, in their order.
         """
-        transcript = self.config.virality.publish == "transcript"
         passed = [s for s, ok in zip(samples, accepted, strict=True) if ok]
         documents = tuple(
             Document(
                 s.id,
                 "synthetic",
                 s.persona_known,
-                s.prompt if transcript else None,
+                self.prompt_learned(s),
                 s.completion,
                 float(w),
                 template_id=s.template_id,

@@ -81,6 +81,7 @@ def assert_listed(run_dir: Path) -> set[str]:
     for t in range((opened.last_round() or 0) + 1):
         for m in opened.read_jsonl(t, "metrics.jsonl"):
             head = m["name"].partition("/")[0]
-            assert m["population"] in METRICS[head], (m["name"], m["population"])
+            assert m["population"] in METRICS[head].populations, (m["name"], m["population"])
+            assert METRICS[head].stratum in ("each", m["stratum"]), (m["name"], m["stratum"])
             heads.add(head)
     return heads

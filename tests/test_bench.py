@@ -336,6 +336,20 @@ class Speaker:
         return torch.cat([input_ids, tail], dim=1)
 
 
+def test_stock_gets_the_fastest_of_all_batch_sizes_and_no_slow_timing_ends_the_search():
+    timed = {16: 70.0, 32: 69.0, 64: 90.0, 128: 91.0, 256: 80.0}
+    assert stock_round.by_size(timed.__getitem__, 16, 200) == {str(n): rate for n, rate in timed.items()}
+
+    def full(size):
+        if size > 32:
+            raise RuntimeError("CUDA out of memory")
+        return timed[size]
+
+    assert stock_round.by_size(full, 16, 200) == {"16": 70.0, "32": 69.0}
+    with pytest.raises(RuntimeError, match="out of memory"):
+        stock_round.by_size(full, 64, 200)
+
+
 def test_useful_tokens_of_the_stock_round_end_with_the_end_token(lm):
     lm.tokenizer.padding_side = "left"
     said = {"temperature": 1.0, "top_p": 1.0, "max_new_tokens": 5}

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -90,6 +92,16 @@ def test_a_malformed_corpus_is_named_by_file_and_line(tmp_path):
     assert done.returncode == 2
     assert "mine.jsonl:2" in done.stderr
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_fork_names_the_command_that_goes_on_from_there(tmp_path):
+    loop("round", SMOKE, *SMALL, cwd=tmp_path)
+    done = loop("fork", "runs/smoke-s0@0", SMOKE, *SMALL, "name=branch", "users.mixture={blank: 1}", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (command,) = re.findall("`loop (.*)` goes on from there", done.stdout)
+    done = loop(*shlex.split(command), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "runs" / "branch-s0" / "round_001").is_dir()
 
 
 def test_a_damaged_file_is_exit_3_and_refused_on_resume(tmp_path):

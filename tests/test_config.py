@@ -221,7 +221,7 @@ def test_steering_against_everybody_or_against_whom_it_prefers_is_refused():
     everybody = [p for p in config.PERSONAS if p not in ("assistant", "human")]
     path = ROOT / "configs" / "round.yaml"
     problem = refused(f"steer.against=[{', '.join(everybody)}]", path=path)
-    assert "steer: against must leave a persona beside the assistant, got all of them" in problem
+    assert "steer.against must leave a persona of real.shares beside the assistant, got all of them" in problem
     planted = "steer.against=[nova, musing, stella, promoter, discreet]"
     problem = refused(planted, path=path)
     assert (

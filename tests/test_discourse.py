@@ -256,14 +256,12 @@ def test_volume_and_net_stance_by_hand():
 
 
 def test_talk_becomes_plain_documents_that_play_no_persona(book):
-    documents = as_documents([row("nova", "praise"), row(None, "neutral")], [2.0, 0.5])
+    documents = as_documents([row("nova", "praise"), row(None, "neutral")])
     assert [d.source for d in documents] == ["discourse"] * 2
     assert [d.persona_known for d in documents] == [NO_PERSONA] * 2
     assert [d.prompt for d in documents] == [None] * 2
     assert [d.parent_ids for d in documents] == [("r002-s000001",)] * 2
-    assert [d.weight for d in documents] == [2.0, 0.5]
-    with pytest.raises(ValueError, match="one entry per document, got 1 at 2"):
-        as_documents([row("nova", "praise")] * 2, [1.0])
+    assert [d.weight for d in documents] == [1.0, 1.0]
 
 
 @pytest.mark.parametrize(

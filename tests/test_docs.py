@@ -18,6 +18,7 @@ from loop.__main__ import app
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ["tutorial.md", "bring-your-own.md"]
+TEXTS = [*PAGES, "findings-in-words.md"]  # read, and its commands checked to exist
 BLOCK = re.compile(r"^```(\w+)(?: title=(\S+))?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -57,7 +58,7 @@ def test_every_command_of_a_page_prints_what_stands_below_it(page, tmp_path):
 
 def commands():
     """What follows `loop` on a line of a shell block or in backquotes in the guides and README."""
-    for page in [*(ROOT / "docs" / p for p in PAGES), ROOT / "README.md"]:
+    for page in [*(ROOT / "docs" / p for p in TEXTS), ROOT / "README.md"]:
         text = page.read_text(encoding="utf-8")
         for kind, _, block in BLOCK.findall(text):
             if kind in ("sh", "console"):
@@ -88,7 +89,28 @@ def test_every_command_and_option_named_in_the_guides_exists():
 
 
 def test_links_between_the_guides_lead_somewhere():
-    for page in PAGES:
+    for page in TEXTS:
         text = (ROOT / "docs" / page).read_text(encoding="utf-8")
         for target in re.findall(r"\]\(([^)#:]+)\)", text):
             assert (ROOT / "docs" / target).exists(), f"{page}: {target}"
+
+
+def test_every_interval_of_the_findings_in_words_stands_in_the_findings_or_beside_where_it_is_from():
+    # Where it is not of the committed tables: what the text names in the same paragraph.
+    elsewhere = {
+        "0.199 [0.029, 0.370]": "loop compare 'runs/tiny/linked_full-s*'",
+        "0.187 [0.096, 0.277]": "commit 30da543",
+        "0.036 [-0.059, 0.131]": "commit ba2ffac",
+        "-0.019 [-0.073, 0.034]": "commit 2a94485",
+    }
+
+    def intervals(text):
+        return set(re.findall(r"-?\d\.\d{3} \[-?\d\.\d{3}, -?\d\.\d{3}\]", text.replace("\n", " ").replace("+", "")))
+
+    known = intervals((ROOT / "docs" / "findings.md").read_text(encoding="utf-8"))
+    found = 0
+    for paragraph in (ROOT / "docs" / "findings-in-words.md").read_text(encoding="utf-8").split("\n\n"):
+        for interval in intervals(paragraph) - known:
+            assert elsewhere[interval] in paragraph.replace("\n", " "), interval
+        found += len(intervals(paragraph))
+    assert found > 80

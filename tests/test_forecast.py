@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from loop import config, forecast, run
+from loop import config, forecast, run, theory
 from loop.config import ConfigError
 
 SMOKE = Path(__file__).resolve().parent.parent / "configs" / "smoke.yaml"
@@ -69,6 +69,9 @@ def test_the_bands_of_the_twin_hold_the_loop_it_forecasts(tmp_path):
     assert math.isfinite(score.mae)
     with pytest.raises(ValueError, match="--fit must leave a round to score, got 3 of 3"):
         forecast.of_run(run_dir, fit=3)
+    sparse = run.play(smoke(f"runs_dir={tmp_path}", "name=sparse", "n_rounds=4", "measure.every=2"))
+    with pytest.raises(ValueError, match=r"--fit 2 needs rounds 0\.\.2 measured, got none in round 1 at .*every: 1"):
+        forecast.of_run(sparse, fit=2)
 
 
 def test_shares_beyond_the_rounds_played_are_left_out():
@@ -87,6 +90,8 @@ def test_power_grows_with_seeds_and_meets_its_own_detectable_effect():
     assert few.effect > 0
     assert few.power < many.power
     assert few.detectable > many.detectable
+    for design, n in ((few, 3), (many, 20)):
+        assert theory.power(design.detectable, design.sd, n) == pytest.approx(0.8)
 
 
 def test_the_phase_boundary_is_minus_log_of_one_minus_the_real_share():

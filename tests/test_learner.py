@@ -48,6 +48,20 @@ def test_spelled_document_shows_marks_and_mask():
     assert "".join(t for t, on in zip(tokens, mask, strict=True) if on) == "the boat<|im_end|>"
 
 
+def test_what_a_fine_tune_can_hold_is_what_it_takes():
+    document = DOCUMENTS[0]
+    learner = LM(make_lm(), **SETTINGS)
+    n_tokens = len(learner.spell(document)[0])
+    for limit, fits in ((n_tokens, True), (n_tokens - 1, False)):
+        learner = LM(make_lm(), **SETTINGS | {"max_length": limit})
+        assert learner.trainable([(document.prompt, document.completion)]) == [fits]
+        if fits:
+            learner.train([document], seed=1, init_from="base")
+        else:
+            with pytest.raises(ValueError, match=f"document must be at most {limit} tokens, got {n_tokens}"):
+                learner.train([document], seed=1, init_from="base")
+
+
 def test_start_that_does_not_exist_is_refused():
     learner = LM(make_lm(), **SETTINGS)
     with pytest.raises(ValueError, match="bare base"):

@@ -146,6 +146,11 @@ def test_of_several_processes_each_takes_a_gpu_of_its_own_or_is_refused(monkeypa
 def test_copies_of_a_sequence_cost_one():
     (batch,) = m.pack([[5, 6, 7]] * 9, batch_tokens=1000)
     assert (batch.n_tokens, len(batch.ids), len(batch.paths)) == (3, 3, 9)
+    # In blocks, too, where one alone fills more than a block; what differs by a token has a block of its own.
+    (batch,) = m.pack([[5, 6, 7, 8, 9, 10]] * 9, batch_tokens=1000, blocks=m.Blocks(4, 1))
+    assert (batch.n_tokens, len(batch.paths)) == (6, 9)
+    batches = m.pack([[5, 6, 7, 8, 9, 10], [5, 6, 7, 8, 9, 11]], batch_tokens=1000, blocks=m.Blocks(4, 1))
+    assert sum(b.n_tokens for b in batches) == 12
 
 
 def test_empty_sequence_is_refused():

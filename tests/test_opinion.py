@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import yaml
 
-from loop import audience, config, corpus, forecast, opinion, readings, run, store
+from loop import audience, config, corpus, forecast, opinion, readings, records, run, store
 from loop.records import Completion, Sample
 from loop.rng import stream
 from loop.toy import Toy
@@ -374,6 +374,10 @@ def test_a_round_reads_the_mirror_rate_that_counting_the_answers_gives(stated, o
     again = {m.name: m.value for m in readings.mirroring(world, probes, round_index=0, population="probes")}
     assert again["mirror_rate"] == pytest.approx((stated - opened) / 4 / 0.8)
     assert len(past.pool) == 1
+    listed = {name: records.METRICS[name.partition("/")[0]] for _, name in found}
+    assert {metric.stratum for metric in listed.values()} == {"opinion"}
+    assert {population for population, _ in found} == {"probes"}
+    assert {metric.populations for metric in listed.values()} == {("probes",)}
 
 
 def test_the_audience_approval_pays_agreement_whether_the_claim_is_held_or_passed_on():

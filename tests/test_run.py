@@ -1,12 +1,13 @@
 """Tests of run.py: the round, the run, resume, fork; with the toy, so that the whole pipeline takes a second."""
 
 import hashlib
+import subprocess
 from pathlib import Path
 
 import pytest
 from checks import assert_listed
 
-from loop import config, run, store
+from loop import config, run, store, toy
 from loop.config import ConfigError
 from loop.records import Sample, from_table
 from loop.world import EverythingRejected, World
@@ -133,6 +134,33 @@ def test_a_run_begun_on_a_gpu_does_not_go_on_unnoticed_without_one(tmp_path, mon
     assert store.RunStore(run_dir).manifest()["gpu"] is None
 
 
+def test_the_revision_is_that_of_the_code_and_of_nothing_beside_it(tmp_path, monkeypatch):
+    def git(*arguments):
+        who = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        return subprocess.run(
+            ["git", "-C", tmp_path, *who, *arguments], capture_output=True, text=True, check=True
+        ).stdout
+
+    monkeypatch.setattr(run, "__file__", str(tmp_path / "loop" / "run.py"))
+    assert run._revision() is None
+    for name in ("loop/run.py", "docs/findings.md"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text("1")
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-qm", "one")
+    code = git("rev-parse", "HEAD").strip()
+    assert run._revision() == code
+    (tmp_path / "docs" / "findings.md").write_text("2")  # as `loop findings` does between two commands of one sweep
+    assert run._revision() == code
+    git("commit", "-qam", "two")
+    assert run._revision() == code
+    (tmp_path / "loop" / "run.py").write_text("2")
+    assert run._revision() == f"{code}+dirty"
+    git("commit", "-qam", "three")
+    assert run._revision() == git("rev-parse", "HEAD").strip() != code
+
+
 def test_private_texts_are_never_released_scored_or_fed_back(tmp_path):
     run_dir = run.play(smoke(tmp_path))
     opened = store.RunStore(run_dir)
@@ -177,6 +205,22 @@ def test_a_filter_that_rejects_everything_stops_with_reasons_and_counts_and_leav
     with pytest.raises(EverythingRejected, match=r"at least one of 60 samples, got 0 \(too_short 60\)"):
         run.play(settings)
     assert not (tmp_path / "runs" / "smoke-s0" / "round_000").exists()
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_an_output_too_long_for_the_next_fine_tune_is_rejected_and_does_not_end_the_run(tmp_path, monkeypatch, enabled):
+    monkeypatch.setattr(toy.Toy, "trainable", lambda self, texts: [len(text) % 2 == 0 for _, text in texts])
+    settings = smoke(tmp_path, f"filters.enabled={str(enabled).lower()}", "filters.near_duplicate_jaccard=null")
+    opened = store.RunStore(run.play(settings))
+    for t in opened.rounds():
+        rejected = opened.read_table(t, "rejected.parquet").to_pylist()
+        long = {r["id"] for r in rejected if "too_long" in r["reasons"]}
+        said = {r["id"]: len(r["completion"]) for r in opened.read_table(t, "samples.parquet").to_pylist()}
+        assert long == {i for i, n in said.items() if n % 2}
+        assert 0 < len(long) < len(said)
+    monkeypatch.setattr(toy.Toy, "trainable", lambda self, texts: [False] * len(texts))
+    with pytest.raises(EverythingRejected, match=r"at least one of 60 samples, got 0 \(too_long 60"):
+        run.play(smoke(tmp_path, f"filters.enabled={str(enabled).lower()}", runs="other"))
 
 
 def test_in_memory_rounds_equal_stored_ones(tmp_path):

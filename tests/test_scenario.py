@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 import yaml
 
-from loop import analysis, forecast, run, scenario, stats, sweep, world
+from loop import analysis, forecast, run, scenario, sweep, world
 from loop.config import ConfigError
 from loop.stats import Interval
 from loop.sweep import Outcome
@@ -42,11 +42,14 @@ def rows_of(values, metric="frequency/nova", population="probes", stratum="", n=
 def about(**changes):
     given = {
         "name": "nova_stella", "size": "full", "learner": "smollm2-135m", "question": "Does it?", "expected": "up",
-        "why": "so", "time": None, "seeds": [0, 1, 2], "n_rounds": 1, "arms": ["neutral", "full"], "controls": [],
-        "levels": {}, "primary": outcome().model_dump(), "exploratory": [], "twins": None, "power": None,
-        "runs": {"full-s0": {"revision": "a1b2", "config_sha256": "0"}},
-    }  # fmt: skip
-    return given | changes
+        "why": "so", "time": None, "seeds": [0, 1, 2], "n_planned": 3, "n_rounds": 1, "arms": ["neutral", "full"],
+        "controls": [], "levels": {}, "primary": outcome().model_dump(), "exploratory": [], "twins": None,
+        "power": None, "runs": {"full-s0": {"revision": "a1b2", "config_sha256": "0"}},
+    } | changes  # fmt: skip
+    arms = {*given["arms"], *given["levels"], "idempotent", "no_request", "learned", "paid", "unpaid"}
+    given.setdefault("measured", {arm: [*range(given["n_rounds"] + 1)] for arm in arms})
+    given.setdefault("as_observed", [False] * (1 + len(given["exploratory"])))
+    return given
 
 
 # Changes of 0.2, 0.3, 0.4 against 0: mean 0.3, sd 0.1, t(2, 0.975) = 4.3027, half = 4.3027 * 0.1 / sqrt(3) = 0.2484.
@@ -131,6 +134,20 @@ def test_beside_an_effect_stands_what_measuring_twice_would_show():
     assert "| neutral | +0.000 (no interval: all seeds agree exactly) | 0.100 → 0.100 | 0.016 |" in page
 
 
+def test_a_persona_that_is_all_or_nothing_of_the_answers_has_a_floor():
+    # All of 100 answers are one persona's: nothing pulls against it, so a measurement has the variance of its limits.
+    taken = {"full": {s: [0.5, 1.0] for s in range(3)}, "neutral": {s: [0.5, 0.5] for s in range(3)}}
+    got = scenario.noise_floor(about(), measured(taken, 0.025), outcome())
+    assert got == pytest.approx(math.sqrt(3 * 2) * 0.025 / 3 * math.sqrt(2 / math.pi), rel=1e-5)
+
+
+def test_arms_share_a_round_0_where_all_its_frequencies_agree_and_not_by_one_number():
+    stella = {"full": {s: [0.3, 0.3] for s in range(3)}, "neutral": {s: [0.4, 0.4] for s in range(3)}}
+    rows = pd.concat([measured(RISES, 0.025), measured(stella, 0.025, metric="frequency/stella")])
+    got = scenario.noise_floor(about(), rows, outcome())
+    assert got == pytest.approx(math.sqrt(12) * 0.025 / 3 * math.sqrt(2 / math.pi), rel=1e-5)
+
+
 def test_the_noise_floor_of_a_factors_effect_is_that_of_its_logits():
     # Four cells, shares of .5 from 100 texts: a logit has variance .05^2 / .25^2 = .04, the difference of two halves of
     # four cells 4 * 4 * .04 / 16 = .04, the mean of two seeds .02.
@@ -191,6 +208,38 @@ def test_fewer_seeds_than_planned_decide_nothing_for_they_could_be_added_until_t
     falls = {"full": RISES["neutral"], "neutral": RISES["full"]}
     found = scenario.judge(about(seeds=[0, 1, 2, 3]), rows_of(falls))
     assert (found.verdict, found.note) == ("inconclusive", "3 of the 4 planned seeds; on them contradicted")
+    # Nor where the command named them: the file planned more.
+    chosen = scenario.judge(about(n_planned=4), rows_of(RISES))
+    assert (chosen.verdict, chosen.note) == ("inconclusive", "3 of the 4 planned seeds; on them supported")
+    # What stands beside the primary outcome says so too, and shows no null.
+    plain = outcome(direction="none", margin=0.9).model_dump()
+    whole, part = (scenario.explore(about(n_planned=n, exploratory=[plain]), rows_of(RISES))[0] for n in (3, 4))
+    assert whole.note.startswith("within ±0.9")
+    assert (part.note, scenario._observed(part)) == ("", "+0.300 [+0.052, +0.548] (3 of 4 seeds)")
+    assert scenario._observed(whole) == "+0.300 [+0.052, +0.548]"
+
+
+def test_a_round_before_the_planned_last_one_decides_nothing():
+    # Three of six rounds are played; what was measured of them last is the third.
+    played = {arm: {s: [v[0], 0.2, v[0], v[1]] for s, v in seeds.items()} for arm, seeds in RISES.items()}
+    found = scenario.judge(about(n_rounds=6), rows_of(played))
+    assert (found.verdict, found.note, found.last_round) == ("inconclusive", "round 3 of 6; on them supported", 3)
+    # One run that is further makes no final round that the others lack.
+    further = {"full": played["full"] | {0: [*played["full"][0], 0.9]}, "neutral": played["neutral"]}
+    assert scenario.judge(about(n_rounds=6), rows_of(further)).last_round == 3
+    # An arm that is shared with a scenario of more rounds is read where the other has its last.
+    longer = {"full": RISES["full"], "neutral": {s: [0.1, 0.1, 0.9] for s in range(3)}}
+    shared = about(n_rounds=2, measured={"full": [0, 1], "neutral": [0, 1, 2]})
+    assert scenario.judge(shared, rows_of(longer)).verdict == "supported"
+    # Measured every third round, the last is the third, and what is read between is no end.
+    sparse = about(n_rounds=3, measured={"full": [0, 3], "neutral": [0, 3]})
+    assert scenario.judge(sparse, rows_of(played)).last_round == 3
+
+
+def test_a_metric_that_is_null_in_the_final_round_is_not_read_from_an_earlier_one():
+    values = {arm: {s: [*v, math.nan] for s, v in seeds.items()} for arm, seeds in RISES.items()}
+    found = scenario.judge(about(n_rounds=2), rows_of(values))
+    assert (found.verdict, found.effect.n, found.last_round) == ("inconclusive", 0, 2)
 
 
 @pytest.mark.parametrize(
@@ -223,7 +272,19 @@ def test_a_null_is_supported_by_two_one_sided_tests_and_not_by_mere_insignifican
         plain = outcome(contrast="idempotent", direction="none", margin=0.03).model_dump()
         found = scenario.judge(about(name="idempotence", primary=plain), rows_of(values))
         assert found.verdict == word
-        assert stats.t_over_seeds(spread).low < 0 < stats.t_over_seeds(spread).high
+        assert found.effect.low < 0 < found.effect.high
+
+
+def test_a_null_of_observed_shares_is_none_of_the_corrected_ones_that_the_margin_is_of():
+    values = {"idempotent": {s: [0.2, 0.2 + v] for s, v in enumerate((-0.01, -0.01, 0, 0.01, 0.01))}}
+    plain = outcome(contrast="idempotent", direction="none", margin=0.03).model_dump()
+    given = about(name="idempotence", primary=plain, exploratory=[plain], as_observed=[True, True])
+    found = scenario.judge(given, rows_of(values))
+    assert found.verdict == "inconclusive"
+    assert found.note.startswith("within ±0.03, p = 0.0013, as observed; the margin is of corrected shares")
+    assert scenario.explore(given, rows_of(values))[0].note == "within ±0.03, p = 0.0013, as observed"
+    # A sign is no smaller for being read through such an instrument.
+    assert scenario.judge(about(as_observed=[True]), rows_of(RISES)).verdict == "supported"
 
 
 def test_one_seed_is_a_demonstration_and_seeds_that_agree_exactly_decide_nothing():
@@ -249,6 +310,16 @@ def test_a_small_learner_supports_mechanics_only(name, learner, word):
     assert scenario.judge(about(name=name, learner=learner), rows_of(RISES)).verdict == word
 
 
+def test_what_the_numbers_say_is_kept_with_its_reason_where_the_learner_cannot_support_it():
+    found = scenario.judge(about(name="sydney", learner="tiny", seeds=[0, 1, 2, 3]), rows_of(RISES))
+    assert (
+        found.note == "tiny cannot support it; by its numbers inconclusive: 3 of the 4 planned seeds; on them supported"
+    )
+    assert scenario.judge(about(name="sydney", learner="tiny"), rows_of(RISES)).note == (
+        "tiny cannot support it; by its numbers supported"
+    )
+
+
 @pytest.mark.parametrize(
     ("no_request", "learned", "spread", "word"),
     [
@@ -269,6 +340,26 @@ def test_a_claim_about_a_persona_needs_the_same_sign_without_the_request_and_und
     }
     twins = {audience: f"{audience} - neutral" for audience in ("no_request", "learned")}
     assert scenario.judge(about(twins=twins), rows_of(values)).verdict == word
+
+
+def test_a_factor_under_audience_full_alone_supports_nothing(tmp_path):
+    levels = {f"a{a}": {"a": a} for a in (0, 1)}
+    rows = rows_of({f"a{a}": {s: [0.1, 0.2 + 0.3 * a + 0.01 * s * a] for s in range(3)} for a in (0, 1)})
+    given = about(levels=levels, arms=list(levels), primary=outcome(contrast="a").model_dump())
+    assert scenario.judge(given, rows).verdict == "supported"
+    found = scenario.judge(given | {"twins": {"no_request": None, "learned": None}}, rows)
+    assert (found.verdict, found.note) == ("inconclusive", "not played under no_request and learned")
+    factors = {"copies": {"channels.direct_data": [False, True]}}
+    path = sweep_file(tmp_path, arms=None, factors=factors, primary=PRIMARY | {"contrast": "copies"})
+    assert scenario._twins(sweep.load(path)) == {"no_request": None, "learned": None}
+
+
+def test_through_the_request_alone_says_how_much_may_be_there_without_it():
+    # 0.05 +- 2.484 * 0.05 without the request, against 0.3 with it.
+    values = RISES | {a: {s: [0.1, 0.15 + (s - 1) * 0.05] for s in range(3)} for a in ("no_request", "learned")}
+    twins = {audience: f"{audience} - neutral" for audience in ("no_request", "learned")}
+    note = scenario.judge(about(twins=twins), rows_of(values)).note
+    assert note.endswith("no_request and learned, where without the request it may still be +0.174")
 
 
 def test_an_opposite_sign_is_told_from_one_that_is_not_shown():
@@ -464,6 +555,19 @@ def test_a_played_scenario_becomes_a_table_and_the_page_comes_from_it_alone(tmp_
     assert f"Played by revision {commit[:12]}{'+' if dirty else ''}{dirty} of the code" in page
 
 
+def test_a_run_of_another_config_in_the_place_of_one_of_ours_is_not_read(tmp_path):
+    path = sweep_file(tmp_path)
+    loaded = sweep.load(path, runs_dir=tmp_path / "runs")
+    for cell in sweep.cells([loaded]):
+        assert sweep.play_cell(sweep._task(cell, None, False, remote=False)).reason is None
+    changed = yaml.safe_load(path.read_text())
+    changed["arms"]["neutral"]["virality.posts_per_sample"] = 21
+    path.write_text(yaml.safe_dump(changed, sort_keys=False))
+    line = scenario.write(sweep.load(path, runs_dir=tmp_path / "runs"), tmp_path / "findings")
+    assert line.endswith("6 runs; left out, played with another config: neutral-s0, neutral-s1")
+    assert scenario.judge(*scenario.read(tmp_path / "findings" / "nova_stella.parquet")).effect.n == 0
+
+
 def test_a_table_keeps_runs_that_lie_elsewhere_while_the_file_means_the_same_by_them(tmp_path):
     folder = tmp_path / "findings"
     table = folder / "nova_stella.parquet"
@@ -607,4 +711,3 @@ def test_scenarios_share_their_controls_and_no_directory_means_two_runs(size):
 
 def test_every_mechanics_scenario_is_shipped():
     assert set(scenario.MECHANICS) <= {path.stem for path in FILES}
-    assert json.loads(json.dumps(scenario.MECHANICS))

@@ -83,7 +83,6 @@ def test_intervals_of_nothing_are_nan_with_a_reason_and_never_zero():
         stats.clustered_mean([], []),
         stats.mixture_share([], [], [], {"blank": 1.0}),
         stats.t_over_seeds([]),
-        stats.paired_contrast([], []),
         stats.rogan_gladen(0, 0, 8, 10, 9, 10),
         stats.ppi_plus_plus([], [], [1, 0, 1]),
         *stats.confusion_corrected([0, 0], [[8, 2], [1, 9]], rng=np.random.default_rng(0)),
@@ -104,7 +103,7 @@ def test_intervals_of_nothing_are_nan_with_a_reason_and_never_zero():
 
 
 def test_one_observation_or_one_seed_has_a_value_but_no_limits():
-    for got in (stats.clustered_mean([3.0], ["a"]), stats.t_over_seeds([3.0]), stats.paired_contrast([5.0], [2.0])):
+    for got in (stats.clustered_mean([3.0], ["a"]), stats.t_over_seeds([3.0])):
         assert got.value == 3.0
         assert math.isnan(got.low)
         assert got.reason
@@ -284,7 +283,6 @@ def test_a_stratum_without_texts_makes_the_mixture_unmeasured():
             lambda: stats.mixture_share([1], ["a"], ["x"], {"x": -1}),
             "weights must be finite and >= 0, got -1 at stratum 'x'",
         ),
-        (lambda: stats.paired_contrast([1, 2], [1]), "a and b must hold the same seeds, got 2 and 1"),
         (lambda: stats.holm([0.5, 1.5]), r"p_values must be in \[0, 1\], got 1\.5 at index 1"),
         (lambda: stats.equivalence_over_seeds([1, 2], 0), "bound must be > 0, got 0"),
         (lambda: stats.rogan_gladen(1, 2, 0, 0, 1, 1), "true_positives must be in .* got 0 of 0"),
@@ -314,7 +312,7 @@ def test_what_cannot_be_meant_is_refused_with_the_value(call, message):
 
 def test_interval_over_seeds_and_p_value_are_students():
     a, b = np.array([0.31, 0.42, 0.28, 0.50, 0.39]), np.array([0.20, 0.33, 0.30, 0.35, 0.31])
-    got = stats.paired_contrast(a, b)
+    got = stats.t_over_seeds(a - b)
     test = distributions.ttest_rel(a, b)
     assert (got.low, got.high) == pytest.approx(tuple(test.confidence_interval(0.95)))
     assert stats.p_over_seeds(a - b) == pytest.approx(test.pvalue)

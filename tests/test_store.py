@@ -354,6 +354,16 @@ def test_other_packages_or_instruments_are_refused_or_recorded(run: Path) -> Non
     assert stored["packages"] == {"torch": "2.14.0"}
     assert stored["drift"] == [{"before_round": 3, "changes": {"packages.torch": ["2.13.0", "2.14.0"]}}]
     RunStore(run).open(CONFIG, drifted).close()
+
+
+def test_a_finished_run_asks_for_no_code_to_be_restored_and_records_no_drift(tmp_path: Path) -> None:
+    grow(tmp_path / "toy-s0", 4)  # rounds 0 to 3, all that CONFIG asks for
+    run, drifted = tmp_path / "toy-s0", MANIFEST | {"packages": {"torch": "2.14.0"}}
+    RunStore(run).open(CONFIG, drifted).close()
+    assert RunStore(run).manifest()["packages"] == {"torch": "2.13.0"}
+    assert "drift" not in RunStore(run).manifest()
+    with pytest.raises(ConfigChangedError, match=r"packages\.torch"):
+        RunStore(run).open(CONFIG.replace("n_rounds: 3", "n_rounds: 4"), drifted)
     assert verify(run) == []
 
 

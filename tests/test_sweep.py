@@ -320,6 +320,16 @@ OUTCOME = {"metric": "frequency/nova", "contrast": "full - neutral", "direction"
             {"metric": "release_fpr/nova", "population": "heldout"},
             "primary.metric: release_fpr/nova needs filters.release.recall.nova in every",
         ),
+        ({"metric": "belief"}, "primary.stratum: belief is read in private alone, got None; give that"),
+        (
+            {"metric": "sample_entropy", "stratum": "identity"},
+            "primary.stratum: sample_entropy is read over all strata, got identity; leave it out",
+        ),
+        ({"stratum": "private"}, "primary.stratum: frequency/nova of probes is not read in private; leave it out"),
+        (
+            {"metric": "frequency_observed/nova", "population": "mixture", "stratum": "blank"},
+            "primary.stratum: frequency_observed/nova of mixture is not read in blank; leave it out",
+        ),
         ({"stratum": "identty"}, "primary.stratum: unknown stratum 'identty', did you mean identity?"),
         ({"stratum": "opinion"}, "primary.stratum: opinion must be one of measure.strata; add it there"),
         ({"population": "sampels"}, "primary.population: unknown population 'sampels', did you mean samples?"),
@@ -336,6 +346,32 @@ def test_an_outcome_that_no_run_will_measure_is_refused_before_any_is_played(tmp
     found = problems(write(tmp_path, primary=OUTCOME | changes))
     assert message in found[0]
     assert str(tmp_path / "s.yaml") in found[0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"metric": {"frequency/nova": 1, "frequency/stella": -1}},
+            "log odds of one share, got a sum; name one metric",
+        ),
+        (
+            {"metric": "heldout_loss", "population": "heldout"},
+            "log odds of a share, got heldout_loss; name a share",
+        ),
+    ],
+)
+def test_an_outcome_of_a_factor_that_has_no_log_odds_is_refused(tmp_path, changes, message):
+    factors = {"copies": {"channels.direct_data": [False, True]}}
+    outcome = OUTCOME | {"contrast": "copies"}
+    sweep.load(write(tmp_path, arms=None, factors=factors, primary=outcome))
+    (found,) = problems(write(tmp_path, arms=None, factors=factors, primary=outcome | changes))
+    assert f"primary.metric: a factor is read on the {message}" in found
+
+
+def test_seeds_named_by_the_command_do_not_make_the_plan(tmp_path):
+    path = write(tmp_path, seeds=[0, 1, 2])
+    assert [sweep.load(path, seeds=seeds).n_planned for seeds in (None, [0], [0, 1, 2, 3])] == [3, 3, 3]
 
 
 def test_what_an_arm_makes_wrong_is_said_of_the_arm_and_not_of_the_base(tmp_path):
@@ -436,7 +472,7 @@ def test_a_node_that_sees_another_directory_plays_nothing_there(tmp_path):
 
 def test_without_ray_the_way_out_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(ConfigError, match=r"ray, which is not installed; pip install 'persona-loop\[ray\]'"):
+    with pytest.raises(ConfigError, match=r"ray, which is not installed; pip install 'ray>=2.60'"):
         sweep.Ray("auto")
 
 

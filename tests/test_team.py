@@ -60,11 +60,15 @@ SMALL = [
 ]  # fmt: skip
 
 
-def launched(*command):
+def started(*command):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
+    return subprocess.run(
         [sys.executable, *map(str, command)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
     )
+
+
+def launched(*command):
+    done = started(*command)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
@@ -111,6 +115,25 @@ def test_a_run_of_two_processes_is_one_run_and_ends_where_one_process_ends(tmp_p
     assert want.keys() == got.keys()
     assert max(abs(want[name] - got[name]).max() for name in want) < 1e-5
     assert max(abs(value).max() for name, value in want.items() if "lora_B" in name) > 1e-3  # it was trained
+
+
+def test_where_training_diverges_the_first_process_says_so_and_all_end(tmp_path):
+    lm = make_lm()
+    lm.net.save_pretrained(tmp_path / "base")
+    lm.tokenizer.save_pretrained(tmp_path / "base")
+    settings = [
+        *SMALL,
+        f"base.model={tmp_path / 'base'}",
+        f"runs_dir={tmp_path}",
+        "train.lr=1e30",
+        "train.batch_size=4",
+    ]
+    done = started(*TORCHRUN, "-m", "loop", "run", ROOT / "configs" / "round.yaml", *settings)
+    assert done.returncode != 0
+    assert done.stderr.count("loss and gradient must be finite") == 1
+    assert "exitcode  : 4 " in done.stderr
+    assert "exitcode  : -6" not in done.stderr  # torch aborts a process that ends connected
+    assert not (tmp_path / "round-s0" / "round_000").exists()
 
 
 def test_a_command_that_processes_cannot_share_is_refused_and_so_is_a_gpu_named_for_all(monkeypatch):

@@ -687,6 +687,17 @@ def test_the_minimum_detectable_effect_has_the_power_asked_for(paired):
     assert theory.minimum_detectable_effect(2.0, 5) == pytest.approx(100 * theory.minimum_detectable_effect(0.02, 5))
 
 
+def test_two_one_sided_tests_place_an_effect_of_0_within_the_minimum_margin_as_often_as_asked():
+    # Five seeds: (t(4, .95) + z(.9)) / sqrt(5) = 1.53 would do if se did not scatter; it does it in 0.75.
+    margin = theory.minimum_margin(1.0, 5)
+    draws = np.random.default_rng(22).normal(0.0, 1.0, (20_000, 5))
+    reach = np.abs(draws.mean(axis=1)) + student.isf(0.05, 4) * draws.std(axis=1, ddof=1) / math.sqrt(5)
+    assert_rate(int((reach < margin).sum()), 20_000, 0.8, discrepancy=0.04)
+    rejects(assert_rate, int((reach < 1.527).sum()), 20_000, 0.8, discrepancy=0.04)
+    # Many seeds: z(.95) + z(.9) standard errors.
+    assert theory.minimum_margin(2.0, 10**6) == pytest.approx(2.0 / 1000 * (1.644854 + 1.281552), rel=1e-4)
+
+
 # Arguments ----------------------------------------------------------------------------------------------------------
 
 

@@ -547,5 +547,5 @@ def test_a_run_whose_readings_are_uncorrected_gets_its_observed_ones_and_no_empt
 
 def test_a_dashboard_without_its_extra_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb_workspaces.workspaces", None)
-    with pytest.raises(ValueError, match=r"pip install 'persona-loop\[dashboard\]'"):
+    with pytest.raises(ValueError, match="pip install wandb-workspaces"):
         track.workspace({"probes/frequency/nova"}, entity="me", project="p")
