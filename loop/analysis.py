@@ -245,12 +245,13 @@ def by_round(
 
 @dataclass(frozen=True)
 class Cell:
-    """One run with its control: the same seed, the same side of the name swap."""
+    """One run with its control: the same seed, the same side of the name swap; `shared`: and the same round 0."""
 
     seed: int
     swap: bool
     arm: str
     control: str
+    shared: bool
 
 
 @dataclass(frozen=True)
@@ -321,12 +322,26 @@ def pair(runs: Runs, controls: Sequence[str], *, last_round: int | None = None) 
             "--control before each of its runs, or one quoted pattern"
         )
     control = sides[against[0]]
-    last = _last_measured(runs)
+    last, begun = _last_measured(runs), begun_with(runs.metrics)
     return [
         _paired(" + ".join(sorted(names[key])), " + ".join(sorted(names[against[0]])), sides[key], control, last,
-                last_round)
+                begun, last_round)
         for key in arms
     ]  # fmt: skip
+
+
+Start = frozenset[tuple[str, float]]  # names and values of the frequencies of a round 0
+
+
+def begun_with(metrics: pd.DataFrame) -> dict[str, Start]:
+    """Run -> the frequencies of its round 0; where they are all equal runs start from one round 0.
+
+    Arms of a sweep share it file by file, which is one measurement and cancels in their contrast. One number alone may
+    agree by chance.
+    """
+    is_start = (metrics["round_index"] == 0) & metrics["name"].str.startswith("frequency") & metrics["value"].notna()
+    told = metrics[is_start & (metrics["population"] == "probes") & (metrics["stratum"].fillna("") == "")]
+    return {run: frozenset(zip(at["name"], at["value"], strict=True)) for run, at in told.groupby("run")}
 
 
 def _last_measured(runs: Runs) -> dict[str, int]:
@@ -340,6 +355,7 @@ def _paired(
     arm: Mapping[tuple[int, bool], str],
     control: Mapping[tuple[int, bool], str],
     last: Mapping[str, int],
+    begun: Mapping[str, Start],
     last_round: int | None,
 ) -> Pairs:
     notes = []
@@ -353,7 +369,7 @@ def _paired(
             short = run if last.get(run, -1) < needed else other
             notes.append(f"{short}: round {needed} is not measured; seed {seed} is left out")
         else:
-            cells.append(Cell(seed, swap, run, other))
+            cells.append(Cell(seed, swap, run, other, shared=run in begun and begun[run] == begun.get(other)))
     sides = {c.swap for c in cells}
     whole = [c for c in cells if {o.swap for o in cells if o.seed == c.seed} == sides]
     notes += [
@@ -474,9 +490,7 @@ def _contrast(name: str, pairs: Pairs, tables: _Tables, parts: Mapping[str, floa
     by_seed: dict[int, list[tuple[float, float, float, float, float]]] = {}
     for c in pairs.cells:
         (a1, va1), (a0, va0), (b1, vb1), (b0, vb0) = (measured(run, t) for run in (c.arm, c.control) for t in (last, 0))
-        # Arms of a sweep share round 0, file by file: one measurement, which cancels in the contrast.
-        shared = all(_at(tables.value[m], c.arm, 0) == _at(tables.value[m], c.control, 0) for m in parts)
-        both = va1 + vb1 + (0.0 if shared else va0 + vb0)
+        both = va1 + vb1 + (0.0 if c.shared else va0 + vb0)
         by_seed.setdefault(c.seed, []).append((a1 - a0, b1 - b0, va1 + va0, vb1 + vb0, both))
     rows = np.array([np.mean(cells, axis=0) / [1, 1, len(cells), len(cells), len(cells)] for cells in by_seed.values()])
     known = np.isfinite(rows[:, :2]).all(axis=1)

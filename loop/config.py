@@ -68,6 +68,11 @@ class Base(_Section):
     device: str = Field("auto", description="auto takes the GPU if there is one; else cpu, cuda, cuda:1")
     dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: float32 on CPU, bfloat16 on a GPU")
     trust_remote_code: bool = Field(False, description="run code that comes with the model; never by default")
+    graphs: bool = Field(
+        True,
+        exclude_if=lambda value: value,  # came later
+        description="on a GPU a step of sampling is recorded as a CUDA graph; without, texts may differ by rounding",
+    )
 
 
 class Corpus(_Section):

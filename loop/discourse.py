@@ -138,8 +138,9 @@ def write(
 
         p = r * T / ((1 - r) * Q - r * F)
 
-    T, Q, F: tokens of all documents without quotations, of all quotable outputs, and of the quotation frames. A
-    quotation is the direct channel in disguise, which is why the rate counts tokens and not documents.
+    T, Q, F: tokens of all documents without quotations, of all quotable outputs, and of the quotation frames. Where the
+    outputs are too short for the rate every document quotes, and the share stays below it. A quotation is the direct
+    channel in disguise, which is why the rate counts tokens and not documents.
 
     Args:
       samples: published outputs. Private ones are refused, since nobody has read them.
@@ -159,8 +160,7 @@ def write(
       Documents, ordered by sample.
 
     Raises:
-      ValueError: lengths differ, a private sample is passed, a value is out of range, or `quote_rate` cannot be reached
-        although every document quotes.
+      ValueError: lengths differ, a private sample is passed, or a value is out of range.
 
     Source: volume and noticing as in the talk-about-outputs channel of this project; no portable constant for kappa,
     dispersion or notice is known, so sweep them.
@@ -390,13 +390,8 @@ def _choose_quotes(
     quotable = sum(length[i] for i, _, _, _ in plan)
     frames = sum(count_tokens(frame.replace("{quote}", "")) for _, _, _, frame in plan)
     spare = (1 - rate) * quotable - rate * frames
-    if spare <= 0 or rate * bare > spare:
-        most = quotable / (bare + quotable + frames)
-        raise ValueError(
-            f"quote_rate must be <= {most:.3f} for outputs of this length, got {rate} at write; every document quotes "
-            f"already"
-        )
-    return (draws < rate * bare / spare).tolist()
+    chance = rate * bare / spare if spare > 0 else 1.0
+    return (draws < chance).tolist()
 
 
 def _check_write(

@@ -167,10 +167,10 @@ class LM:
 
     def trainable(self, texts: Sequence[tuple[Turns, str]]) -> list[bool]:
         """Returns for each (prompt, completion) whether a fine-tune, which cuts nothing, can hold it."""
-        from loop.model import encode_all
+        from loop.model import encode_all, too_long
 
-        limit = min(self.max_length, self.model.max_length)
-        return [len(prompt) + len(completion) <= limit for prompt, completion in encode_all(self.model, texts)]
+        longer = too_long(self.model, encode_all(self.model, texts), self.max_length)
+        return [i not in longer for i in range(len(texts))]
 
     def spell(self, document: Document) -> tuple[list[str], list[bool]]:
         """Returns the tokens a document is trained on, marks spelled out, and which of them carry loss."""

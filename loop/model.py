@@ -151,6 +151,7 @@ class Model:
       start_id, end_id, text_id: tokens that open a turn, end a turn or document, and open a plain document.
       adapter: settings of the adapter in place; None on a bare base.
       source: the directory or hub id it was read from; empty if it was made in memory.
+      graphs: on a GPU a step of sampling is a CUDA graph.
     """
 
     net: Any
@@ -164,6 +165,7 @@ class Model:
     text_id: int
     adapter: AdapterSettings | None = None
     source: str = ""
+    graphs: bool = True
     _token_cache: dict[str, list[int]] = field(default_factory=dict, repr=False)
     _served_head: torch.Tensor | None = field(default=None, repr=False)  # see `serving`
 
@@ -222,6 +224,7 @@ def load(
     device: str = "auto",
     dtype: str = "auto",
     trust_remote_code: bool = False,
+    graphs: bool = True,
     documents: Sequence[Document] | None = None,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
@@ -234,6 +237,7 @@ def load(
       device: see `device_of`.
       dtype: "auto" is bfloat16 on a GPU and float32 on a CPU; or a torch dtype by name.
       trust_remote_code: run Python code that comes with the weights.
+      graphs: see Model.
       documents: persona-free texts; needed for "tiny", unused otherwise.
       seed: of the pre-training of "tiny", >= 0.
       progress: called with (tokens done, tokens in all) while "tiny" trains.
@@ -276,6 +280,7 @@ def load(
         end_id=end,
         text_id=text,
         source=source,
+        graphs=graphs,
     )
     fitting(
         lambda _: _check_packed_forward(model),
@@ -656,6 +661,13 @@ def encode(model: Model, turns: Turns, completion: str | None = None) -> tuple[l
     if completion is None:
         return encode_all(model, [(turns, "")])[0][0], []
     return encode_all(model, [(turns, completion)])[0]
+
+
+def too_long(model: Model, encoded: Sequence[tuple[list[int], list[int]]], max_length: int) -> dict[int, str]:
+    """Returns which encoded pairs a fine-tune, which never cuts, cannot hold, and of each what it must be, in words."""
+    limit = min(max_length, model.max_length)
+    lengths = [len(prompt) + len(completion) for prompt, completion in encoded]
+    return {i: f"must be at most {limit} tokens, got {n}" for i, n in enumerate(lengths) if n > limit}
 
 
 def encode_all(model: Model, pairs: Sequence[tuple[Turns, str]]) -> list[tuple[list[int], list[int]]]:

@@ -288,11 +288,12 @@ def _of_talk(
         measure.number(f"stance/{p}", v, unit="praise minus condemn", **at | {"n": int(named[p])})
         for p, v in sorted(discourse.net_stance(talk).items())
     ]
-    if world.config.discourse.writer == "model":
-        asked_for = len(world.commissions(t, accepted, labels, exposure))
-        kept = len(talk) / asked_for if asked_for else math.nan
-        none = None if asked_for else "nothing was asked for"
-        rows.append(measure.number("published_share", kept, unit="share", reason=none, **at | {"n": asked_for}))
+    quoting = sum(row.n_quoted_tokens > 0 for row in talk) / len(talk) if talk else math.nan
+    rows.append(measure.number("quoting_share", quoting, unit="share", reason=none, **at))
+    written = len(world.commissions(t, accepted, labels, exposure))
+    kept = len(talk) / written if written else math.nan
+    none = None if written else "nobody wrote"
+    rows.append(measure.number("published_share", kept, unit="share", reason=none, **at | {"n": written}))
     return rows
 
 

@@ -76,7 +76,7 @@ METRICS: dict[str, MetricKind] = {
     "differential": MetricKind(_ACCEPTED, "planted"),
     **dict.fromkeys(("n_eff", "top1_share", "clip_rate", "mean_cascade"), MetricKind(_ACCEPTED)),
     **dict.fromkeys(("documents", "quoted_share", "named_share", "named", "stance"), MetricKind(_TALK)),
-    "published_share": MetricKind(_TALK),
+    **dict.fromkeys(("quoting_share", "published_share"), MetricKind(_TALK)),
     **dict.fromkeys(("aware", "demand", "supply"), MetricKind(_USERS, "planted")),
     **dict.fromkeys(("asked", "answered"), MetricKind(_USERS)),
     **dict.fromkeys(("real_share", "discourse_share"), MetricKind(("mixture",))),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -158,16 +157,13 @@ class _KeyValues:
         return self.length
 
 
-GRAPHS = "PERSONA_LOOP_GRAPHS"  # 0: a GPU computes every step anew; a matter of the machine, and changes rounding alone
-
-
 class NoGraph(RuntimeError):
     """A base whose step cannot be a CUDA graph."""
 
     exit_code = 5
 
     def __init__(self, what: str):
-        super().__init__(f"a step of sampling must be a CUDA graph, got {what}; {GRAPHS}=0 samples without graphs")
+        super().__init__(f"a step of sampling must be a CUDA graph, got {what}; base.graphs=false samples without")
 
 
 class _Step:
@@ -328,7 +324,7 @@ def _decode_all(
     tokens: list[list[int]] = [[] for _ in encoded]
     logprobs, finished = [0.0] * len(encoded), [False] * len(encoded)
     cache = _KeyValues(model, slots, len(encoded[order[0]]) + max_new_tokens)
-    step = _Step(model, cache, graphs=model.device.type == "cuda" and os.environ.get(GRAPHS) != "0")
+    step = _Step(model, cache, graphs=model.graphs and model.device.type == "cuda")
     active: list[int] = []  # document in each of the first rows of the cache
     waiting = list(reversed(order))
     read: dict[tuple[int, ...], _Read] = {}

@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 from loop import analysis, config, stats, theory
 from loop.records import CONSCIOUS, UNREQUESTED
 from loop.stats import Interval
-from loop.store import RunStore, config_sha256
+from loop.store import RunStore
 from loop.sweep import Outcome, Sweep, twins
 
 # What an exact learner or a model of a few million parameters can show: how the loop works, not what personas do.
@@ -61,6 +61,7 @@ DONE = {
     ): "share of pairs in which the step raised the chosen text above the other",
     ("compliance", "probes", "explicit"): "P(read as her, she was asked for) - P(read as her, another was)",
 }
+OF_FILTER = ("release_recall", "release_fpr")  # as stated: in population heldout of the baseline, round -1
 _OF_ANY = ("release_", "named/", "rejected/at_random", "rejected/persona:")  # whoever stands behind the name
 NOTHING = "-"  # in a table of the page: not measured, or not applicable
 ROWS = pa.schema(
@@ -253,11 +254,10 @@ def gather(sweep: Sweep, known: tuple[dict[str, Any], pd.DataFrame] | None = Non
       ValueError: no run is here, and what is known lacks a metric that the file asks about.
     """
     file = sweep.file
-    wants = _wanted(sweep)
-    frame, made_by = _played(sweep, wants)
+    frame, made_by = _played(sweep)
     is_here = bool(made_by)
     if known is not None:
-        frame, made_by = _merged(wants, frame, made_by, *known)
+        frame, made_by = _merged(sweep.hashes, frame, made_by, *known)
     # A run that another scenario shares may have gone on for it.
     frame = frame[frame["round"] <= frame["arm"].map({arm: c.n_rounds for arm, c in sweep.arms.items()})]
     if frame.empty:
@@ -280,8 +280,8 @@ def gather(sweep: Sweep, known: tuple[dict[str, Any], pd.DataFrame] | None = Non
         if (known[0]["power"] or {}).get("stamp") == power["stamp"]:
             power = known[0]["power"]  # of the two the one said first
         else:  # said of another outcome or arm, after the runs of the older table that are these runs
-            ago = known[0]["runs"]
-            power["played"] = max(power["played"], sum(ago[run]["config_sha256"] == wants.get(run) for run in ago))
+            theirs = sum(made["config_sha256"] == sweep.hashes.get(run) for run, made in known[0]["runs"].items())
+            power["played"] = max(power["played"], theirs)
     about = {
         "name": sweep.name,
         "size": sweep.size,
@@ -307,48 +307,37 @@ def gather(sweep: Sweep, known: tuple[dict[str, Any], pd.DataFrame] | None = Non
     return pa.table(columns, schema=ROWS).replace_schema_metadata({META: json.dumps(about, sort_keys=True)})
 
 
-def _there(sweep: Sweep) -> dict[Path, str]:
-    """Runs that lie where the scenario's would, with a finished round, and the arm of each."""
-    there = {sweep.run_dir(arm, seed): arm for arm in sweep.arms for seed in sweep.seeds}
-    return {path: arm for path, arm in there.items() if (path / "round_000").is_dir()}
-
-
-def _config_of(path: Path) -> str:
-    return str(RunStore(path).manifest()["config_sha256"])
+def _made_by(sweep: Sweep) -> dict[Path, dict[str, str]]:
+    """Runs that lie where the scenario's would, with a finished round, and what made each."""
+    there = (sweep.run_dir(arm, seed) for arm in sweep.arms for seed in sweep.seeds)
+    manifests = {path: RunStore(path).manifest() for path in there if (path / "round_000").is_dir()}
+    return {
+        path: {"revision": made["revision"] or NOTHING, "config_sha256": made["config_sha256"]}
+        for path, made in manifests.items()
+    }
 
 
 def strangers(sweep: Sweep) -> list[Path]:
     """Runs in the place of the scenario's that were played with another config: nothing is read from them."""
-    wants = _wanted(sweep)
-    return [path for path in _there(sweep) if _config_of(path) != wants[path.name]]
+    return [path for path, made in _made_by(sweep).items() if made["config_sha256"] != sweep.hashes[path.name]]
 
 
-def _played(sweep: Sweep, wants: Mapping[str, str]) -> tuple[pd.DataFrame, dict[str, dict[str, str]]]:
-    """Every metric of the rounds that the scenario's runs have finished here, as ROWS, and what made each run."""
-    there = {path: arm for path, arm in _there(sweep).items() if _config_of(path) == wants[path.name]}
-    if not there:
+def _played(sweep: Sweep) -> tuple[pd.DataFrame, dict[str, dict[str, str]]]:
+    """Every metric of the rounds that the scenario's runs have finished here, as ROWS, and what made each run.
+
+    Of the untouched base, round -1, what its filter is stated to find and to miss.
+    """
+    made_by = {path: made for path, made in _made_by(sweep).items() if made["config_sha256"] == sweep.hashes[path.name]}
+    if not made_by:
         return pd.DataFrame(columns=[f.name for f in ROWS]), {}
-    arm_of = {path.resolve(): arm for path, arm in there.items()}
-    runs = analysis.load(*there)
-    frame = runs.metrics[runs.metrics["round_index"] >= 0]
+    arm_of = {sweep.run_dir(arm, seed).resolve(): arm for arm in sweep.arms for seed in sweep.seeds}
+    runs = analysis.load(*made_by)
+    frame = runs.metrics[(runs.metrics["round_index"] >= 0) | runs.metrics["name"].str.startswith(OF_FILTER)]
     paths = [runs.paths[run] for run in frame["run"]]
     frame = frame.assign(arm=[arm_of[path.resolve()] for path in paths], run=[path.name for path in paths])
     frame = frame.rename(columns={"name": "metric", "round_index": "round"})[[f.name for f in ROWS]]
     frame["stratum"] = frame["stratum"].fillna("")
-    return frame, {path.name: _made_by(RunStore(path).manifest()) for path in runs.paths.values()}
-
-
-def _made_by(manifest: Mapping[str, Any]) -> dict[str, str]:
-    return {"revision": manifest["revision"] or NOTHING, "config_sha256": manifest["config_sha256"]}
-
-
-def _wanted(sweep: Sweep) -> dict[str, str]:
-    """Run -> the hash of the config that the file means by it now."""
-    return {
-        sweep.run_dir(arm, seed).name: config_sha256(sweep.config(arm, seed).model_dump_json())
-        for arm in sweep.arms
-        for seed in sweep.seeds
-    }
+    return frame, {path.name: made for path, made in made_by.items()}
 
 
 def _merged(
@@ -373,6 +362,7 @@ def _merged(
 def _shown(frame: pd.DataFrame, outcomes: Sequence[Outcome]) -> pd.DataFrame:
     """The rows that the page reads: of the outcomes' metrics, of the differentials beside them and of health."""
     wanted: set[tuple[str, str, str]] = {(name, population, "") for name, population in HEALTH}
+    wanted |= {(name, "heldout", "") for name in frame["metric"].unique() if name.startswith(OF_FILTER)}
     for o in outcomes:
         for name in o.parts:
             wanted.add((name, o.population, o.stratum or ""))
@@ -675,29 +665,30 @@ def _logit_variance(share: float, variance: float, n_outputs: float) -> float:
     return variance / (v * (1 - v)) ** 2
 
 
+def _arms(about: Mapping[str, Any], outcome: Outcome) -> list[str]:
+    """Arms that an outcome takes: those of its contrast; of a factor all."""
+    return list(about["levels"] if outcome.contrast in _factors(about) else outcome.terms)
+
+
 def _rounds(about: Mapping[str, Any], outcome: Outcome) -> set[int]:
     """Rounds in which every arm that an outcome takes is to be measured."""
-    arms = about["levels"] if outcome.contrast in _factors(about) else outcome.terms
-    return set.intersection(*(set(about["measured"][arm]) for arm in arms))
+    return set.intersection(*(set(about["measured"][arm]) for arm in _arms(about, outcome)))
 
 
 def _last(about: Mapping[str, Any], rows: pd.DataFrame, outcome: Outcome) -> int | None:
     """The last of those that each of these arms has reached; None if one has no round at all."""
-    arms = about["levels"] if outcome.contrast in _factors(about) else outcome.terms
+    arms = _arms(about, outcome)
     reached = rows[rows["arm"].isin(arms)].groupby("arm")["round"].max()
     if len(reached) < len(arms):
         return None
     return max((t for t in _rounds(about, outcome) if t <= reached.min()), default=None)
 
 
-def _begun(rows: pd.DataFrame) -> dict[tuple[str, int], frozenset[tuple[str, float]]]:
-    """(arm, seed) -> the frequencies of round 0, which are equal where arms start from one round 0."""
-    is_start = (rows["round"] == 0) & rows["metric"].str.startswith("frequency") & rows["value"].notna()
-    told = rows[is_start & (rows["population"] == "probes") & (rows["stratum"] == "")]
-    found: dict[tuple[str, int], set[tuple[str, float]]] = {}
-    for arm, seed, metric, value in told[["arm", "seed", "metric", "value"]].itertuples(index=False):
-        found.setdefault((arm, int(seed)), set()).add((metric, value))
-    return {run: frozenset(start) for run, start in found.items()}
+def _begun(rows: pd.DataFrame) -> dict[tuple[str, int], analysis.Start]:
+    """(arm, seed) -> what its run began with; see `analysis.begun_with`."""
+    of_run = rows.drop_duplicates("run").set_index("run")[["arm", "seed"]]
+    begun = analysis.begun_with(rows.rename(columns={"metric": "name", "round": "round_index"}))
+    return {(str(of_run.at[run, "arm"]), int(of_run.at[run, "seed"])): start for run, start in begun.items()}
 
 
 def _levels(rows: pd.DataFrame, outcome: Outcome, arm: str, rounds: Sequence[int]) -> dict[int, Levels]:
@@ -863,6 +854,7 @@ def _section(about: Mapping[str, Any], rows: pd.DataFrame, main: Finding | None)
                      f"seeds, noise floor {_floor(main.floor)}")  # fmt: skip
         if not about["levels"]:
             lines.append(f"- Means: {_means(about, rows, main.outcome)}")
+            lines += _by_round(about, rows, main.outcome)
         for audience, interval in main.under.items():
             contrast = about["twins"][audience]
             twin = _instead(main.outcome, contrast)
@@ -909,7 +901,7 @@ def _starts(about: Mapping[str, Any], rows: pd.DataFrame) -> list[str]:
     rounded otherwise, they are paired by their seed alone, and the noise of reading round 0 does not cancel. Nothing is
     said where all share it.
     """
-    starts: dict[str, dict[int, frozenset[tuple[str, float]]]] = {}
+    starts: dict[str, dict[int, analysis.Start]] = {}
     for (arm, seed), start in _begun(rows).items():
         starts.setdefault(arm, {})[seed] = start
     groups: list[list[str]] = []
@@ -961,14 +953,14 @@ def _done(about: Mapping[str, Any], rows: pd.DataFrame) -> list[str]:
     """What filter and step did and whether asking works, by arm; empty where no arm has any of them."""
     keys = zip(rows["metric"], rows["population"], rows["stratum"], strict=True)
     here = rows[[_is_done(*key) is not None for key in keys]].dropna(subset="value")
-    last = rows["round"].max()
-    if not (here["round"] == last).any():
+    if here.empty:
         return []
+    last = here.groupby("arm")["round"].max()  # a run that lends its outputs may end before the others
     said = {m: _is_done(m, p, s) for m, p, s in zip(here["metric"], here["population"], here["stratum"], strict=True)}
 
     def course(arm: str, name: str) -> str:
         at = here[(here["arm"] == arm) & (here["metric"] == name)]
-        start, end = (at.loc[at["round"] == t, "value"] for t in (0, last))
+        start, end = (at.loc[at["round"] == t, "value"] for t in (0, last.get(arm, 0)))
         both = NOTHING if start.empty else f"{start.mean():.3f}", NOTHING if end.empty else f"{end.mean():.3f}"
         return NOTHING if both == (NOTHING, NOTHING) else f"{' → '.join(both)} ({len(end)})"
 
@@ -977,8 +969,22 @@ def _done(about: Mapping[str, Any], rows: pd.DataFrame) -> list[str]:
     return [
         *_by_arm("arm, means over seeds", about["arms"], sorted(said), course),
         "",
-        f"As observed in round 0 → {last}, in brackets the seeds that have the number in round {last}. {told}.",
+        f"As observed in round 0 → {', '.join(map(str, sorted({*last})))}, in brackets the seeds that have the number "
+        f"in the last. {told}.",
+        *_filter_error(rows),
     ]
+
+
+def _filter_error(rows: pd.DataFrame) -> list[str]:
+    """What the filter is stated to do on texts that it was not fitted on, before any training; empty without one."""
+    at = rows[(rows["population"] == "heldout") & rows["metric"].str.startswith(OF_FILTER)]
+    if at.empty:
+        return []
+    told = ", ".join(
+        f"{metric} {one['value']:.3f} [{one['low']:.3f}, {one['high']:.3f}]"
+        for metric, one in at.drop_duplicates("metric").set_index("metric").iterrows()
+    )
+    return ["", f"The filter on held-out documents of the grammar, as stated once of the untouched base: {told}."]
 
 
 def _health(about: Mapping[str, Any], rows: pd.DataFrame) -> list[str]:
@@ -1053,6 +1059,18 @@ def _means(about: Mapping[str, Any], rows: pd.DataFrame, outcome: Outcome) -> st
         return f"{math.fsum(found) / len(found):.3f}" if found else NOTHING
 
     return "; ".join(f"{mean(side, 0)} → {mean(side, last)}" for side in sides) if seeds else NOTHING
+
+
+def _by_round(about: Mapping[str, Any], rows: pd.DataFrame, outcome: Outcome) -> list[str]:
+    """Means over seeds in every measured round of an outcome's arms; empty where those are the two ends alone."""
+    told = []
+    for arm in outcome.terms:
+        measured = about["measured"][arm]
+        levels = _levels(rows, outcome, arm, measured).values()
+        found = [[side[t][0] for side in levels if t in side] for t in measured]
+        if sum(map(bool, found)) > 2:
+            told.append(f"{arm} " + ", ".join(f"{math.fsum(v) / len(v):.3f}" if v else NOTHING for v in found))
+    return [f"- By round: {'; '.join(told)}"] if told else []
 
 
 def _direction(outcome: Outcome) -> str:

@@ -267,7 +267,7 @@ def dpo(
     import torch
     import torch.nn.functional as F
 
-    from loop.model import encode_all, fitting, lora_parameters, repeatable, serving
+    from loop.model import encode_all, fitting, lora_parameters, repeatable, serving, too_long
 
     if model.adapter is None:
         raise ValueError(f"model must have an adapter, got a bare base {model.name}; steer after the fine-tune")
@@ -279,13 +279,8 @@ def dpo(
             f"{beta}, {lr}, {epochs}, {batch_size}, {reference!r}; fix the config"
         )
     encoded = encode_all(model, [(p.prompt, text) for p in given for text in (p.chosen, p.rejected)])
-    limit = min(max_length, model.max_length)
-    for i, (prompt, answer) in enumerate(encoded):
-        if len(prompt) + len(answer) > limit:
-            raise ValueError(
-                f"pair must be at most {limit} tokens, got {len(prompt) + len(answer)} at pair {i // 2}; "
-                "raise train.max_length or drop it, it is never cut"
-            )
+    for i, why in too_long(model, encoded, max_length).items():
+        raise ValueError(f"pair {why} at pair {i // 2}; raise train.max_length or drop it, it is never cut")
     both = [encoded[2 * i : 2 * i + 2] for i in range(len(given))]
     micro = MICRO_TOKENS.get(model.device.type, 1024)
     longest = max(sum(len(prompt) + len(answer) for prompt, answer in pair) for pair in both)

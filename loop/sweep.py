@@ -27,6 +27,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import product
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -215,6 +216,14 @@ class Sweep:
     def run_dir(self, arm: str, seed: int) -> Path:
         """Where the run of a cell lies."""
         return self.runs_dir / self.config(arm, seed).run_name
+
+    @cached_property
+    def hashes(self) -> dict[str, str]:
+        """Name of each run -> hash of the config that the file means by it, as its manifest.json would hold it."""
+        from loop.store import config_sha256
+
+        cells = (self.config(arm, seed) for arm in self.arms for seed in self.seeds)
+        return {config.run_name: config_sha256(config.model_dump_json()) for config in cells}
 
 
 @dataclass(frozen=True)

@@ -91,7 +91,7 @@ def leading() -> Iterator[None]:
         yield
     finally:
         if not _at_work:
-            with suppress(RuntimeError):  # one that has died is not told, and what went wrong is raised already
+            with suppress(RuntimeError):  # one that has died cannot be told; the launcher says so
                 tell(None)
             leave()
             done()

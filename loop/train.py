@@ -25,6 +25,7 @@ from loop.model import (
     lora_parameters,
     pack,
     repeatable,
+    too_long,
 )
 from loop.records import Document
 
@@ -160,13 +161,8 @@ def finetune(
     """
     _check(model, documents, epochs, lr, batch_size, warmup, schedule)
     pairs = encode_all(model, [(d.prompt, d.completion) for d in documents])
-    limit = min(max_length, model.max_length)
-    for document, (prompt, completion) in zip(documents, pairs, strict=True):
-        if len(prompt) + len(completion) > limit:
-            raise ValueError(
-                f"document must be at most {limit} tokens, got {len(prompt) + len(completion)} at {document.id}; "
-                "raise train.max_length or drop it, it is never cut"
-            )
+    for i, why in too_long(model, pairs, max_length).items():
+        raise ValueError(f"document {why} at {documents[i].id}; raise train.max_length or drop it, it is never cut")
     weights = np.array([d.weight for d in documents], dtype=np.float64)
     n_tokens = np.array([len(completion) for _, completion in pairs])
     if team.size() > 1 and team.rank() == 0:

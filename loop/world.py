@@ -414,6 +414,7 @@ class World:
             device=settings.device,
             dtype=settings.dtype,
             trust_remote_code=settings.trust_remote_code,
+            graphs=settings.graphs,
             documents=self.persona_free if settings.model == "tiny" else None,
         )
 
@@ -760,6 +761,18 @@ class World:
         found = [virality.drift_warning(weights, transform=v.transform, posts_per_sample=v.posts_per_sample)]
         if self.config.channels.talk and not past.discourse[-1]:
             found.append("nobody wrote about this round's outputs, so nobody reads of them; raise discourse.volume")
+        of_talk = {row.name: row.value for row in metrics if row.population == "discourse" and row.value is not None}
+        quoted = of_talk.get("quoted_share", 1.0)
+        if of_talk.get("quoting_share") == 1 and quoted < self.config.discourse.quote_rate:
+            found.append(
+                f"all documents about outputs quote, and {quoted:.3f} of their tokens are quoted: the outputs are too "
+                f"short for discourse.quote_rate {self.config.discourse.quote_rate:g}"
+            )
+        if of_talk.get("published_share", 1.0) < 1 and self.config.discourse.writer == "templates":
+            found.append(
+                f"{1 - of_talk['published_share']:.3f} of the documents about outputs are longer than train.max_length "
+                "and left out; raise it"
+            )
         found += [
             f"the instruments meet texts unlike their calibration: `{row.name.removeprefix('drift_p/')}`, p = "
             f"{row.value:.1g}, {row.n} probes; read texts before numbers (loop show --texts, loop audit export)"
@@ -783,7 +796,17 @@ class World:
     def discuss(
         self, t: int, learner: Learner, accepted: Sequence[Sample], labels: Labels, exposure: virality.Exposure
     ) -> list[discourse.Talk]:
-        """What is written about round t's published outputs, by templates or by the current model."""
+        """What is written about round t's published outputs, by templates or by the current model.
+
+        What no fine-tune can hold, which cuts nothing, is not published: it would end the run in the next.
+        """
+        talk = self._write(t, learner, accepted, labels, exposure)
+        fits = learner.trainable([(None, document.text) for document in talk])
+        return [document for document, fit in zip(talk, fits, strict=True) if fit]
+
+    def _write(
+        self, t: int, learner: Learner, accepted: Sequence[Sample], labels: Labels, exposure: virality.Exposure
+    ) -> list[discourse.Talk]:
         d, s = self.config.discourse, self.config.sample
         if d.writer == "templates":
             return discourse.write(

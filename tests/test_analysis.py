@@ -68,7 +68,7 @@ def off(name, seed, *more):
     return arm(name, seed, "virality.audience=null", *more)
 
 
-def three_seeds(start=(0.2, 0.2, 0.2), control_start=(0.2, 0.2, 0.2)):
+def three_seeds(start=(0.2, 0.2, 0.2), control_start=(0.2, 0.2, 0.2), stella_start=0.1):
     cells = []
     for seed, up, still, other in ((0, 0.10, 0.00, 0.01), (1, 0.20, 0.02, 0.03), (2, 0.15, 0.01, 0.02)):
         a, b = start[seed], control_start[seed]
@@ -79,7 +79,10 @@ def three_seeds(start=(0.2, 0.2, 0.2), control_start=(0.2, 0.2, 0.2)):
             )
         )
         cells.append(
-            (off("neutral", seed), {"frequency_observed/nova": [b, b + still], "frequency_observed/stella": [0.1, 0.1]})
+            (
+                off("neutral", seed),
+                {"frequency_observed/nova": [b, b + still], "frequency_observed/stella": [stella_start, stella_start]},
+            )
         )
     return made(*cells)
 
@@ -119,6 +122,12 @@ def test_paired_contrast_holm_and_noise_floor_by_hand():
 def test_arms_with_a_round_zero_of_their_own_have_four_measurements_a_seed():
     _, rows, _ = contrasts(three_seeds(control_start=(0.21, 0.19, 0.2)))
     apart = math.sqrt((4 + 4 + 2) * SE**2) / 3 * math.sqrt(2 / math.pi)  # seed 2 still shares its round 0
+    assert rows["nova"].floor == pytest.approx(apart)
+
+
+def test_arms_that_agree_in_one_number_of_round_zero_alone_do_not_share_it():
+    _, rows, _ = contrasts(three_seeds(stella_start=0.11))
+    apart = math.sqrt((4 + 4 + 4) * SE**2) / 3 * math.sqrt(2 / math.pi)
     assert rows["nova"].floor == pytest.approx(apart)
 
 

@@ -223,6 +223,26 @@ def test_an_output_too_long_for_the_next_fine_tune_is_rejected_and_does_not_end_
         run.play(smoke(tmp_path, f"filters.enabled={str(enabled).lower()}", runs="other"))
 
 
+def test_talk_too_long_for_the_next_fine_tune_is_left_out_and_the_run_says_how_much(tmp_path, monkeypatch):
+    limit = 170  # characters, which half of the talk does not reach
+    monkeypatch.setattr(toy.Toy, "trainable", lambda self, texts: [len(text) <= limit for _, text in texts])
+    talkative = ["channels.talk_data=true", "discourse.share=0.1", "discourse.quote_rate=0.9"]
+    told = []
+    run_dir = run.play(smoke(tmp_path, *talkative), report=lambda k, **f: told.append(f["text"]) if k == "note" else 0)
+    opened = store.RunStore(run_dir)
+    for t in opened.rounds():
+        texts = [r["text"] for r in opened.read_table(t, "discourse.parquet").to_pylist()]
+        found = metrics(run_dir, t)
+        share = found["discourse", "published_share"]
+        assert 0 < share < 1
+        assert max(map(len, texts)) <= limit
+        # Every document that was written quotes, which does not reach 0.9 of their tokens.
+        assert found["discourse", "quoting_share"] == 1
+        assert found["discourse", "quoted_share"] < 0.9
+        assert any(f"{1 - share:.3f} of the documents about outputs are longer" in text for text in told)
+        assert any(f"{found['discourse', 'quoted_share']:.3f} of their tokens are quoted" in text for text in told)
+
+
 def test_in_memory_rounds_equal_stored_ones(tmp_path):
     settings = smoke(tmp_path)
     world = World(settings)

@@ -497,7 +497,7 @@ def test_what_filter_and_step_did_and_whether_asking_works_stands_beside_the_hea
     assert lines[1] == "| arm, means over seeds | compliance | release_recall/nova |"
     assert lines[3:5] == ["| neutral | 0.300 → 0.100 (1) | - |", "| full | - | 0.600 → 0.400 (2) |"]
     assert lines[-1].startswith(
-        "As observed in round 0 → 1, in brackets the seeds that have the number in round 1. compliance: P(read as her"
+        "As observed in round 0 → 1, in brackets the seeds that have the number in the last. compliance: P(read as her"
     )
     # What several names share is said once.
     named = [
@@ -507,6 +507,26 @@ def test_what_filter_and_step_did_and_whether_asking_works_stands_beside_the_hea
         ". named/nova, named/stella: share of documents about outputs that name her."
     )
     assert scenario._done(about(), rows_of(RISES)) == []
+    # A run that lends its outputs ends before the others, and its last round is the last of its own.
+    short = rows_of({"neutral": {0: [0.4]}, "full": {0: [0.1, 0.3]}}, metric="named/nova", population="discourse")
+    lines = scenario._done(about(), short)
+    assert lines[3:5] == ["| neutral | 0.400 → 0.400 (1) |", "| full | 0.100 → 0.300 (1) |"]
+    assert lines[-1].startswith("As observed in round 0 → 0, 1, in brackets")
+
+
+def test_what_a_filter_is_stated_to_do_stands_beside_what_it_did():
+    did = rows_of({"full": {0: [0.8, 0.1]}}, metric="release_recall/nova", population="samples")
+    stated = measured({"full": {0: [0.9], 1: [0.9]}}, 0.01, metric="release_recall/nova", population="heldout")
+    lines = scenario._done(about(), pd.concat([did, stated.assign(round=-1)]))
+    assert lines[3:5] == ["| neutral | - |", "| full | 0.800 → 0.100 (1) |"]
+    assert lines[-1].endswith("untouched base: release_recall/nova 0.900 [0.880, 0.920].")
+
+
+def test_an_outcome_that_is_read_in_more_rounds_than_two_is_shown_by_round():
+    rows = rows_of({"full": {0: [0.1, 0.2, 0.3], 1: [0.1, 0.4, 0.5]}, "neutral": {0: [0.1, 0.1], 1: [0.1, 0.1]}})
+    measured_in = {"full": [0, 1, 2], "neutral": [0, 1]}
+    assert scenario._by_round(about(measured=measured_in), rows, outcome()) == ["- By round: full 0.100, 0.300, 0.400"]
+    assert scenario._by_round(about(), rows_of(RISES), outcome()) == []
 
 
 def test_power_of_belief_counts_the_texts_it_is_read_from_and_what_the_instrument_misses(monkeypatch):
@@ -689,6 +709,8 @@ def test_every_shipped_scenario_resolves_at_its_sizes_and_says_what_it_is_for(pa
     head = path.read_text().splitlines()[:4]
     assert head[0].endswith("?")
     assert [line.split(":")[0] for line in head[1:]] == ["# Expected", "# Command", "# Time"]
+    spelled_out = {"metric", "population", "stratum", "contrast", "direction", "margin"}
+    assert yaml.safe_load(path.read_text())["primary"].keys() >= spelled_out
     sizes = sweep.load(path, size="tiny").file.sizes
     assert {"tiny", "full"} <= sizes.keys() <= {"toy", "tiny", "cpu", "full"}
     for size in sizes:
