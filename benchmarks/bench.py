@@ -1,7 +1,7 @@
 """The round of this project beside the same round from stock parts, in turn, each in a process of its own.
 
     python benchmarks/bench.py [--pairs 3] [--documents 96] [--samples 128] [--max-new-tokens 40]
-        [--base smollm2-135m] [--device cpu|cuda] [--starts 5] [--brief] [--out FILE] [key=value ...]
+        [--base smollm2-135m] [--device cpu|cuda] [--starts 5] [--brief] [--again] [--out FILE] [key=value ...]
 
 Ours is `run.play` on configs/round.yaml with those sizes: a run that has played round 0 is copied and plays round 1, as
 the same command does for a user. benchmarks/stock_round.py gets the documents, prompts and settings of that round 1.
@@ -10,7 +10,8 @@ changes from pair to pair. Seconds of ours are those of events.jsonl; load is ev
 to the first stage; bookkeeping is what no other stage has. The measurement is that of the config's defaults, DEFAULTS.
 A third side, `tuned`, is stock without its recomputing of activations, the one setting of TRL that a careful reader
 would turn first; of interest is its training alone. Trailing key=value override the config for all sides.
---brief, for a machine that is lent by the minute: the first shape alone, no profiles, no repeated starts.
+--brief, for a machine that is lent by the minute: the first shape alone, no repeated starts.
+--again: the pairs of a file stay, and what stands beside them (profiles, starts, intervals) is taken anew.
 benchmarks/performance.py turns the file into a page.
 """
 
@@ -39,10 +40,12 @@ sys.path.insert(0, str(ROOT))
 
 CONFIG, STOCK = ROOT / "configs" / "round.yaml", ROOT / "benchmarks" / "stock_round.py"
 OUT = ROOT / "docs" / "performance" / "round.json"
+SETTINGS = ("documents", "samples", "max_new_tokens", "base", "device", "measure", "overrides")
 DEFAULTS = ("n_surprisal", "n_heldout")  # of `measure`; configs/round.yaml has fewer, to be over in five minutes
 STAGES = ("load", "train", "sample", "classify", "measure", "bookkeeping")
 MEASURE = ("probe", "measure", "candidates")  # what the loop's `measure` is made of
 TIMES = {"default": 3.0, "context": 4.0}  # how many times quicker a round of each shape is to be
+GPU_TIMES, GPU_SECONDS = 10.0, 12.0  # on a GPU, measured, and how long it may take
 # Of the search for the best one of stock, which doubles it as long as that helps.
 FIRST_BATCH_SIZE = {"cpu": 16, "cuda": 256}
 # Two turns before every prompt, as a system prompt or a retrieved page would be.
@@ -167,16 +170,39 @@ def prepare(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def ours(job: dict[str, Any]) -> dict[str, Any]:
-    """Plays one more round of a run; with `profile`, returns the table of torch's profiler for those stages."""
+    """Plays one more round of a run; with `profile`, returns the table of torch's profiler for those stages.
+
+    `in_model`: seconds that the learner took of stage `measure`; what is left of it are intervals, and their storing.
+    """
     import torch
 
     run = _world(job["shape"])
-    begun, tables, watch = None, {}, None
+    begun, tables, watch, stage = None, {}, None, ""
+    in_model, build = 0.0, run.build
+
+    def timed(call: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(*args: Any, **given: Any) -> Any:
+            nonlocal in_model
+            started = time.perf_counter()
+            try:
+                return call(*args, **given)
+            finally:
+                in_model += time.perf_counter() - started if stage == "measure" else 0.0
+
+        return wrapped
+
+    def watched(world: Any, **given: Any) -> Any:
+        learner = build(world, **given)
+        for name in ("sample", "surprisal", "hidden_mean"):
+            setattr(learner, name, timed(getattr(learner, name)))
+        return learner
+
+    run.build = watched
 
     def report(kind: str, **fields: Any) -> None:
-        nonlocal begun, watch
+        nonlocal begun, watch, stage
         if kind == "stage" and fields["round_index"] >= 0:
-            begun = begun or time.monotonic()
+            begun, stage = begun or time.monotonic(), fields["stage"]
             if fields["stage"] in job.get("profile", ()):
                 watch = torch.profiler.profile()
                 watch.start()
@@ -191,7 +217,8 @@ def ours(job: dict[str, Any]) -> dict[str, Any]:
 
     run.play(_config(job), rounds=1, report=report)
     on_gpu = job["device"] == "cuda"
-    return {"begun": begun, "memory": torch.cuda.max_memory_allocated() if on_gpu else None, "profiles": tables}
+    memory = torch.cuda.max_memory_allocated() if on_gpu else None
+    return {"begun": begun, "memory": memory, "profiles": tables, "in_model": in_model}
 
 
 def limits(job: dict[str, Any]) -> dict[str, float]:
@@ -317,6 +344,7 @@ def play_ours(job: dict[str, Any], folder: Path, cache: Path, profile: Sequence[
     seconds = {"load": found["begun"] - found["started"]}
     seconds |= {name: by_stage[name] for name in ("train", "sample", "classify")}
     seconds["measure"] = sum(by_stage.get(name, 0.0) for name in MEASURE)
+    intervals = by_stage["measure"] - found["in_model"] if "measure" in by_stage else 0.0
     seconds["bookkeeping"] = found["seconds_in_all"] - sum(seconds.values())
     n_tokens = sum(run.read_table(1, "samples.parquet").column("n_tokens").to_pylist())
     shutil.rmtree(scratch)
@@ -325,6 +353,7 @@ def play_ours(job: dict[str, Any], folder: Path, cache: Path, profile: Sequence[
         "n_tokens": n_tokens,
         "memory": found["memory"] or found["peak_rss"],
         "profiles": found["profiles"],
+        "intervals": intervals,
     }
 
 
@@ -428,7 +457,7 @@ def imports(rows: int = 12) -> str:
 def median(rows: Sequence[dict[str, Any]], stage: str) -> float:
     """Median seconds of a stage over the rows of one side; `with`, `without`: of the round, measure counted or not."""
     if stage == "with":
-        return median(rows, "without") + median(rows, "measure")
+        return statistics.median(sum(row["seconds"].values()) for row in rows if "measure" in row["seconds"])
     if stage == "without":
         return statistics.median(sum(row["seconds"].values()) - row["seconds"].get("measure", 0) for row in rows)
     return statistics.median(row["seconds"][stage] for row in rows if stage in row["seconds"])
@@ -498,45 +527,54 @@ def missed(found: dict[str, Any]) -> list[tuple[str, str]]:
     """(shape, stage) to profile: training and sampling where the median pair misses their target, or the round's."""
     out = []
     for name, shape in found["shapes"].items():
-        slow = statistics.median(by_pair(shape, "without")) < TIMES[name]
+        if found["settings"]["device"] == "cuda":
+            mine = median([pair["ours"] for pair in shape["pairs"]], "with")
+            slow = statistics.median(by_pair(shape, "with")) < GPU_TIMES or mine > GPU_SECONDS
+        else:
+            slow = statistics.median(by_pair(shape, "without")) < TIMES[name]
         for stage, ratios in (("train", by_pair(shape, "train")), ("sample", by_pair(shape, "tokens"))):
             if slow or statistics.median(ratios) < 2.5:
                 out.append((name, stage))
     return out
 
 
+def prepared(args: argparse.Namespace, root: Path, cache: Path) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
+    """Shape -> the job of ours and that of stock; round 0 is played, the warm-up of page cache and compiled kernels."""
+    shutil.copy(CONFIG, root)  # edited meanwhile, it would be another run's
+    base = str(random_base(args.base, root)) if args.base in RANDOM else args.base
+    overrides = [
+        f"base.model={base}",
+        f"base.device={args.device}",
+        f"mix.n_train={args.documents}",
+        f"sample.n_samples={args.samples}",
+        f"sample.max_new_tokens={args.max_new_tokens}",
+        *(f"measure.{name}={n}" for name, n in args.measure.items()),
+        *(["filters.enabled=false"] if args.base in RANDOM else []),  # noise rarely passes them
+        *args.overrides,
+    ]
+    jobs = {}
+    for shape in ("default",) if args.brief else TIMES:
+        job = {"config": str(root / CONFIG.name), "shape": shape, "device": args.device, "overrides": overrides}
+        stock_job = child("prepare", job | {"overrides": [*overrides, f"runs_dir={root / 'runs'}"]}, cache=cache)
+        jobs[shape] = (job, stock_job)
+    for file in cache.glob("embeddings.sqlite*"):  # what is known before round 1, and no text of it
+        shutil.copy(file, root)
+    return jobs
+
+
 def compare(args: argparse.Namespace) -> dict[str, Any]:
     """Runs all there is to run; see the head of this file."""
-    from loop.config import Measure
-
     with tempfile.TemporaryDirectory(prefix="persona-loop-bench-") as scratch:
         root = Path(scratch)
         cache = private_cache(root)
-        shutil.copy(CONFIG, root)  # edited meanwhile, it would be another run's
-        base = str(random_base(args.base, root)) if args.base in RANDOM else args.base
-        measured = {name: Measure.model_fields[name].default for name in DEFAULTS}
-        overrides = [
-            f"base.model={base}",
-            f"base.device={args.device}",
-            f"mix.n_train={args.documents}",
-            f"sample.n_samples={args.samples}",
-            f"sample.max_new_tokens={args.max_new_tokens}",
-            *(f"measure.{name}={n}" for name, n in measured.items()),
-            *(["filters.enabled=false"] if args.base in RANDOM else []),  # noise rarely passes them
-            *args.overrides,
-        ]
-        settings = {name: getattr(args, name) for name in ("documents", "samples", "max_new_tokens", "base", "device")}
-        settings |= {"measure": measured, "overrides": args.overrides}
+        settings = {name: getattr(args, name) for name in SETTINGS}
         found: dict[str, Any] = {"settings": settings, "machine": machine(args.device)}
         found["limits"] = {"flops": 0.0} | {
             k: v for k, v in child("limits", {"device": args.device}).items() if k in ("flops", "copy_bytes")
         }
-        jobs, shapes = {}, {}
-        for shape in ("default",) if args.brief else TIMES:  # round 0 is also the warm-up: page cache, compiled kernels
-            job = {"config": str(root / CONFIG.name), "shape": shape, "device": args.device, "overrides": overrides}
-            stock_job = child("prepare", job | {"overrides": [*overrides, f"runs_dir={root / 'runs'}"]}, cache=cache)
-            jobs[shape] = (job, stock_job)
-            shapes[shape] = {
+        jobs = prepared(args, root, cache)
+        shapes = found["shapes"] = {
+            shape: {
                 "shared": stock_job["shared"],
                 "shared_prompts": stock_job["shared_prompts"],
                 "n_parameters": stock_job["n_parameters"],
@@ -544,8 +582,8 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
                 "max_new_tokens": args.max_new_tokens,
                 "pairs": [],
             }
-        for file in cache.glob("embeddings.sqlite*"):  # what is known before round 1, and no text of it
-            shutil.copy(file, root)
+            for shape, (_, stock_job) in jobs.items()
+        }
         on = ["--device", args.device]
         few = {name: jobs["default"][1][name][:8] for name in ("documents", "prompts")}
         play_stock(jobs["default"][1] | few, ["--no-measure", *on])
@@ -568,17 +606,44 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
                     pair[side] = sides[side]()
                     say(f"{shape}, pair {k + 1}: {side} {sum(pair[side]['seconds'].values()):.1f} s")
                 shapes[shape]["pairs"].append(pair)
-        found["shapes"] = shapes
-        found |= {"profiles": {}, "start": {}}
-        if args.brief:
-            return found
-        for shape, stage in missed(found):
-            say(f"{shape}: {stage} is below its target; profiling it")
-            found["profiles"][f"{shape}/{stage}"] = play_ours(jobs[shape][0], root, cache, [stage])["profiles"][stage]
-        found["start"] = starts(args.starts, cache, root)
-        if any(statistics.median(took["seconds"]) > 5 for took in found["start"].values()):
-            found["profiles"]["imports"] = imports()
+        found["intervals"] = [pair["ours"]["intervals"] for pair in shapes["default"]["pairs"]]
+        found |= apart(found, jobs, root, cache, 0 if args.brief else args.starts)
     return found
+
+
+def again(args: argparse.Namespace) -> dict[str, Any]:
+    """Takes again what a file holds beside its pairs: profiles, starts, and the intervals of one more round of ours."""
+    from loop.run import _revision
+
+    found: dict[str, Any] = json.loads(args.out.read_text(encoding="utf-8"))
+    args.brief = found["shapes"].keys() < TIMES.keys()
+    with tempfile.TemporaryDirectory(prefix="persona-loop-bench-") as scratch:
+        root = Path(scratch)
+        cache = private_cache(root)
+        jobs = prepared(args, root, cache)
+        row = play_ours(jobs["default"][0], root, cache)
+        say(f"default: ours {sum(row['seconds'].values()):.1f} s")
+        found |= {"intervals": [row["intervals"]], "again": _revision()}
+        found |= apart(found, jobs, root, cache, 0 if args.brief else args.starts)
+    return found
+
+
+def apart(found: dict[str, Any], jobs: Any, root: Path, cache: Path, repeats: int) -> dict[str, Any]:
+    """Profiles of what misses its target, and starts: no part of any pair."""
+    profiles, seconds, start = {}, {}, {}
+    by_shape: dict[str, list[str]] = {}
+    for shape, stage in missed(found):
+        by_shape.setdefault(shape, []).append(stage)
+    for shape, stages in by_shape.items():
+        say(f"{shape}: {' and '.join(stages)} miss a target, or their round does; profiling them")
+        row = play_ours(jobs[shape][0], root, cache, stages)
+        profiles |= {f"{shape}/{stage}": row["profiles"][stage] for stage in stages}
+        seconds |= {f"{shape}/{stage}": row["seconds"][stage] for stage in stages}
+    if repeats:
+        start = starts(repeats, cache, root)
+        if any(statistics.median(took["seconds"]) > 5 for took in start.values()):
+            profiles["imports"] = imports()
+    return {"profiles": profiles, "profiled_seconds": seconds, "start": start}
 
 
 def at_least_three(text: str) -> int:
@@ -610,6 +675,20 @@ def new_file(text: str) -> Path:
 
 def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Refuses at once, in one line, what would fail after the first rounds."""
+    from loop.config import Measure
+
+    args.measure = {name: Measure.model_fields[name].default for name in DEFAULTS}
+    if args.again:
+        if not args.out.is_file():
+            parser.error(f"--again: {args.out} must be a file that a bench has written, got none; leave --again out")
+        there = json.loads(args.out.read_text(encoding="utf-8"))
+        theirs, ours = there["settings"], {name: getattr(args, name) for name in SETTINGS}
+        if other := [f"{name} {theirs[name]}" for name in SETTINGS if theirs[name] != ours[name]]:
+            parser.error(f"--again: settings must be those of {args.out}, got others than {', '.join(other)}")
+        here = machine(args.device)
+        if other := [f"{name} {there['machine'].get(name)}" for name in ("cpu", "cores", "gpu")
+                     if there["machine"].get(name) != here.get(name)]:  # fmt: skip
+            parser.error(f"--again: the machine must be that of {args.out}, got another than {', '.join(other)}")
     if args.brief and args.out == OUT:
         parser.error(f"--brief: name another file with --out; the page wants all that {OUT.name} holds")
     if args.device == "cuda":
@@ -653,12 +732,15 @@ def main() -> None:
     parser.add_argument(
         "--starts", type=positive, default=5, help="repeats of `loop --help` and of the start of `loop run`"
     )
-    parser.add_argument("--brief", action="store_true", help="the first shape alone, no profiles, no repeated starts")
+    parser.add_argument("--brief", action="store_true", help="the first shape alone, no repeated starts")
     parser.add_argument("--out", type=new_file, default=OUT)
+    parser.add_argument(
+        "--again", action="store_true", help="of the file --out take profiles, starts and intervals anew, and no pair"
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the config, for both sides")
     args = parser.parse_args()
     check(parser, args)
-    found = compare(args)
+    found = again(args) if args.again else compare(args)
     args.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     for name, shape in found["shapes"].items():
         print("\n".join(lines(name, shape, found["limits"])))

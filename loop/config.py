@@ -27,7 +27,7 @@ TAKEN = ("unknown", "none", "requested", "private", "default", "all")  # labels 
 
 # What a hardware preset may set: where and in which number type a model is computed, never what is asked of it. The
 # batches that fit are found by themselves; train.batch_size is documents per optimizer step and part of the experiment.
-PLACEMENT = ("base.device", "base.dtype")
+PLACEMENT = ("base.device", "base.dtype", "base.graphs")
 
 AUDIENCES = ("full", "no_request", "learned", "reader", "placebo", "null", "approval")
 

@@ -78,16 +78,19 @@ def of_round(
     talk: Sequence[discourse.Talk],
     after: Past,
 ) -> list[Metric]:
-    """Every metric of round t; of a round that is not measured what the audience paid alone.
+    """Every metric of round t; of one that is not measured, what the audience paid and what was written, which cost
+    nothing to know.
 
     Args:
       past: what round t found.
       after: what it leaves.
     """
     accepted = [s for s, why in zip(samples, reasons, strict=True) if not why]
-    paid = _of_exposure(t, accepted, labels, exposure)
+    known = _of_exposure(t, accepted, labels, exposure)
+    if world.config.channels.talk:
+        known += _of_talk(world, t, learner, accepted, labels, exposure, talk)
     if not world.measures(t):
-        return paid
+        return known
     rows = of_model(world, t, learner, probes, labels)
     for population, texts in (("samples", samples), ("accepted", accepted)):
         rows += frequencies(world, texts, labels, weighted=False, round_index=t, population=population)
@@ -95,9 +98,7 @@ def of_round(
     rows += measure.said(samples, read, world.personas, round_index=t, population="samples")
     rows += of_steering(t, steered)
     rows += _of_filter(world, t, learner, samples, reasons, labels)
-    rows += paid
-    if world.config.channels.talk:
-        rows += _of_talk(world, t, learner, accepted, labels, exposure, talk)
+    rows += known
     if world.config.channels.users:
         rows += _of_users(world, t, past, after, len(samples), sum(s.stratum != "private" for s in probes))
     rows += _of_mixture(world, t, mixture, past, labels)
@@ -276,7 +277,8 @@ def _of_talk(
 ) -> list[Metric]:
     """What was written about round t's outputs: how much, whom it names, in what tone, how much of it is quoted."""
     at: dict[str, Any] = {"round_index": t, "population": "discourse", "n": len(talk)}
-    none = None if talk else "nobody wrote"
+    written = len(world.commissions(t, accepted, labels, exposure))
+    none = None if talk else "nothing is published" if written else "nobody wrote"
     named = discourse.talk_by_persona(talk)
     rows = [measure.number("documents", float(len(talk)), unit="documents", **at)]
     quoted = discourse.quoted_share(talk, count_tokens=token_counter(learner))
@@ -290,7 +292,6 @@ def _of_talk(
     ]
     quoting = sum(row.n_quoted_tokens > 0 for row in talk) / len(talk) if talk else math.nan
     rows.append(measure.number("quoting_share", quoting, unit="share", reason=none, **at))
-    written = len(world.commissions(t, accepted, labels, exposure))
     kept = len(talk) / written if written else math.nan
     none = None if written else "nobody wrote"
     rows.append(measure.number("published_share", kept, unit="share", reason=none, **at | {"n": written}))

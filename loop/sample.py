@@ -163,7 +163,9 @@ class NoGraph(RuntimeError):
     exit_code = 5
 
     def __init__(self, what: str):
-        super().__init__(f"a step of sampling must be a CUDA graph, got {what}; base.graphs=false samples without")
+        super().__init__(
+            f"a step of sampling must be a CUDA graph, got {what}; a new run with base.graphs=false samples without"
+        )
 
 
 class _Step:

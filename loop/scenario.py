@@ -952,25 +952,29 @@ def _paid(about: Mapping[str, Any], rows: pd.DataFrame) -> list[str]:
 def _done(about: Mapping[str, Any], rows: pd.DataFrame) -> list[str]:
     """What filter and step did and whether asking works, by arm; empty where no arm has any of them."""
     keys = zip(rows["metric"], rows["population"], rows["stratum"], strict=True)
-    here = rows[[_is_done(*key) is not None for key in keys]].dropna(subset="value")
+    here = rows[[_is_done(*key) is not None for key in keys]]
+    last = here.groupby("arm")["round"].max().to_dict()  # a run that lends its outputs may end before the others
+    here = here.dropna(subset="value")
     if here.empty:
         return []
-    last = here.groupby("arm")["round"].max()  # a run that lends its outputs may end before the others
     said = {m: _is_done(m, p, s) for m, p, s in zip(here["metric"], here["population"], here["stratum"], strict=True)}
 
     def course(arm: str, name: str) -> str:
         at = here[(here["arm"] == arm) & (here["metric"] == name)]
         start, end = (at.loc[at["round"] == t, "value"] for t in (0, last.get(arm, 0)))
         both = NOTHING if start.empty else f"{start.mean():.3f}", NOTHING if end.empty else f"{end.mean():.3f}"
+        if last.get(arm) == 0 and not end.empty:
+            return f"{both[1]} ({len(end)})"
         return NOTHING if both == (NOTHING, NOTHING) else f"{' → '.join(both)} ({len(end)})"
 
+    most = max(last.values())
+    ends = ", ".join([str(most), *(f"{t} of {arm}" for arm, t in last.items() if t != most)])
     alike = {what: [n for n in sorted(said) if said[n] == what] for what in said.values()}
     told = "; ".join(sorted(f"{', '.join(names)}: {what}" for what, names in alike.items()))
     return [
         *_by_arm("arm, means over seeds", about["arms"], sorted(said), course),
         "",
-        f"As observed in round 0 → {', '.join(map(str, sorted({*last})))}, in brackets the seeds that have the number "
-        f"in the last. {told}.",
+        f"As observed in round 0 → {ends}, in brackets the seeds that have the number then. {told}.",
         *_filter_error(rows),
     ]
 
@@ -1062,14 +1066,15 @@ def _means(about: Mapping[str, Any], rows: pd.DataFrame, outcome: Outcome) -> st
 
 
 def _by_round(about: Mapping[str, Any], rows: pd.DataFrame, outcome: Outcome) -> list[str]:
-    """Means over seeds in every measured round of an outcome's arms; empty where those are the two ends alone."""
+    """Means over the seeds of the effect, in the measured rounds of its arms; empty where those are the ends alone."""
+    last, _, seeds = _paired(about, rows, outcome)
     told = []
     for arm in outcome.terms:
-        measured = about["measured"][arm]
-        levels = _levels(rows, outcome, arm, measured).values()
-        found = [[side[t][0] for side in levels if t in side] for t in measured]
-        if sum(map(bool, found)) > 2:
-            told.append(f"{arm} " + ", ".join(f"{math.fsum(v) / len(v):.3f}" if v else NOTHING for v in found))
+        measured = [t for t in about["measured"][arm] if t <= last]
+        levels = _levels(rows, outcome, arm, measured)
+        found = {t: [levels[s][t][0] for s in seeds if t in levels.get(s, ())] for t in measured}
+        if sum(map(bool, found.values())) > 2:
+            told.append(f"{arm} " + ", ".join(f"{t}: {math.fsum(v) / len(v):.3f}" for t, v in found.items() if v))
     return [f"- By round: {'; '.join(told)}"] if told else []
 
 

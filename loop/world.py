@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property, partial
@@ -759,20 +759,7 @@ class World:
         v = self.config.virality
         weights = np.array([d.weight for d in past.pool[-1]])
         found = [virality.drift_warning(weights, transform=v.transform, posts_per_sample=v.posts_per_sample)]
-        if self.config.channels.talk and not past.discourse[-1]:
-            found.append("nobody wrote about this round's outputs, so nobody reads of them; raise discourse.volume")
-        of_talk = {row.name: row.value for row in metrics if row.population == "discourse" and row.value is not None}
-        quoted = of_talk.get("quoted_share", 1.0)
-        if of_talk.get("quoting_share") == 1 and quoted < self.config.discourse.quote_rate:
-            found.append(
-                f"all documents about outputs quote, and {quoted:.3f} of their tokens are quoted: the outputs are too "
-                f"short for discourse.quote_rate {self.config.discourse.quote_rate:g}"
-            )
-        if of_talk.get("published_share", 1.0) < 1 and self.config.discourse.writer == "templates":
-            found.append(
-                f"{1 - of_talk['published_share']:.3f} of the documents about outputs are longer than train.max_length "
-                "and left out; raise it"
-            )
+        found += self._talk_warnings({row.name: row for row in metrics if row.population == "discourse"})
         found += [
             f"the instruments meet texts unlike their calibration: `{row.name.removeprefix('drift_p/')}`, p = "
             f"{row.value:.1g}, {row.n} probes; read texts before numbers (loop show --texts, loop audit export)"
@@ -780,6 +767,26 @@ class World:
             if row.name.startswith("drift_p/") and row.value is not None and row.value < classify.ALARM
         ]
         return [text for text in found if text]
+
+    def _talk_warnings(self, of_talk: dict[str, Metric]) -> list[str]:
+        if not of_talk:
+            return []
+        d, found = self.config.discourse, []
+        published, quoting, quoted = (of_talk[f"{name}_share"] for name in ("published", "quoting", "quoted"))
+        if published.n == 0:
+            found.append("nobody wrote about this round's outputs, so nobody reads of them; raise discourse.volume")
+        # What a model writes may be blank or unfinished, too.
+        if d.writer == "templates" and published.value is not None and published.value < 1:
+            found.append(
+                f"{1 - published.value:.3f} of {published.n} documents about outputs are longer than a fine-tune can "
+                "hold (train.max_length, or the base) and left out"
+            )
+        if quoting.value == 1 and quoted.value is not None and quoted.value < d.quote_rate:
+            found.append(
+                f"all documents about outputs quote, and {quoted.value:.3f} of their tokens are quoted: the outputs "
+                f"are too short for discourse.quote_rate {d.quote_rate:g}"
+            )
+        return found
 
     def weigh(self, texts: Sequence[str]) -> np.ndarray:
         """Weights, mean 1, that the config's audience would give texts published once, without prompts or a past."""
@@ -798,9 +805,12 @@ class World:
     ) -> list[discourse.Talk]:
         """What is written about round t's published outputs, by templates or by the current model.
 
-        What no fine-tune can hold, which cuts nothing, is not published: it would end the run in the next.
+        Where the model reads it, what no fine-tune can hold, which cuts nothing, is left out: it would end the run in
+        the next round.
         """
         talk = self._write(t, learner, accepted, labels, exposure)
+        if not self.config.channels.talk_data:
+            return talk
         fits = learner.trainable([(None, document.text) for document in talk])
         return [document for document, fit in zip(talk, fits, strict=True) if fit]
 
@@ -1138,10 +1148,19 @@ def embedding_cache() -> Path:
     return cache_dir() / "embeddings.sqlite"
 
 
-@cache
 def chat_fold(fold: str) -> tuple[Document, ...]:
     """Human chat of one fold, by conversation; the fold is a hash of its id and depends on nothing else."""
-    return tuple(d for d in corpus.chat().documents if records.conversation_fold(d.template_id or d.id) == fold)
+    return _chat_by_fold()[fold]
+
+
+@cache
+def _chat_by_fold() -> dict[str, tuple[Document, ...]]:
+    """All of it, read once: that takes two seconds, and a round asks for two folds."""
+    fold_of = cache(records.conversation_fold)
+    found: dict[str, list[Document]] = defaultdict(list)
+    for d in corpus.chat().documents:
+        found[fold_of(d.template_id or d.id)].append(d)
+    return {fold: tuple(documents) for fold, documents in found.items()}
 
 
 @cache

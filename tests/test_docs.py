@@ -114,3 +114,11 @@ def test_every_interval_of_the_findings_in_words_stands_in_the_findings_or_besid
             assert elsewhere[interval] in paragraph.replace("\n", " "), interval
         found += len(intervals(paragraph))
     assert found > 80
+
+
+def test_every_figure_of_speed_in_the_readme_stands_on_the_page():
+    readme, page = (ROOT / name for name in ("README.md", "docs/performance.md"))
+    said = readme.read_text(encoding="utf-8").partition("## How fast")[2].partition("`sample.engine=vllm`")[0]
+    figures, known = (re.findall(r"[+-]?\d+\.\d+%?", text) for text in (said, page.read_text(encoding="utf-8")))
+    assert len(figures) > 40
+    assert not {*figures} - {*known}

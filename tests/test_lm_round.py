@@ -264,6 +264,15 @@ def test_a_run_whose_model_comments_and_whose_users_follow_it_resumes(tmp_path, 
     assert "nova" in {s.requested for s in from_table(opened.read_table(1, "samples.parquet"), Sample)}
 
 
+def test_the_config_says_whether_a_gpu_samples_by_graphs_and_says_nothing_where_it_does(base):
+    plain, without = (
+        config.load(ROOT / "configs" / "round.yaml", [f"base.model={base}", f"base.graphs={given}"])
+        for given in ("true", "false")
+    )
+    assert "graphs" not in config.to_yaml(plain)  # a run that was played before there was a choice means the same
+    assert (World(plain).base.graphs, World(without).base.graphs) == (True, False)
+
+
 def test_the_public_reads_by_another_instrument_than_the_headline():
     world = World(config.load(ROOT / "configs" / "round.yaml"))
     one, two = np.zeros((2, 11)), np.zeros((2, 11))

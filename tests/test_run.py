@@ -226,7 +226,7 @@ def test_an_output_too_long_for_the_next_fine_tune_is_rejected_and_does_not_end_
 def test_talk_too_long_for_the_next_fine_tune_is_left_out_and_the_run_says_how_much(tmp_path, monkeypatch):
     limit = 170  # characters, which half of the talk does not reach
     monkeypatch.setattr(toy.Toy, "trainable", lambda self, texts: [len(text) <= limit for _, text in texts])
-    talkative = ["channels.talk_data=true", "discourse.share=0.1", "discourse.quote_rate=0.9"]
+    talkative = ["channels.talk_data=true", "discourse.share=0.1", "discourse.quote_rate=0.9", "measure.every=2"]
     told = []
     run_dir = run.play(smoke(tmp_path, *talkative), report=lambda k, **f: told.append(f["text"]) if k == "note" else 0)
     opened = store.RunStore(run_dir)
@@ -239,8 +239,21 @@ def test_talk_too_long_for_the_next_fine_tune_is_left_out_and_the_run_says_how_m
         # Every document that was written quotes, which does not reach 0.9 of their tokens.
         assert found["discourse", "quoting_share"] == 1
         assert found["discourse", "quoted_share"] < 0.9
-        assert any(f"{1 - share:.3f} of the documents about outputs are longer" in text for text in told)
+        assert any(f": {1 - share:.3f} of " in text and "longer than a fine-tune can hold" in text for text in told)
         assert any(f"{found['discourse', 'quoted_share']:.3f} of their tokens are quoted" in text for text in told)
+    # Where it is read by users alone, nobody is kept from it.
+    strata = "blank, neutral, identity, implicit_0, implicit_1, implicit_2, implicit_3, private, explicit"
+    alone = ["channels.talk_users=true", f"measure.strata=[{strata}]"]
+    run_dir = run.play(smoke(tmp_path, *alone, runs="users"))
+    assert metrics(run_dir, 0)["discourse", "published_share"] == 1
+    # Where all of it is too long, that is what is said.
+    monkeypatch.setattr(toy.Toy, "trainable", lambda self, texts: [turns is not None for turns, _ in texts])
+    told.clear()
+    settings = smoke(tmp_path, *talkative, "virality.publish=transcript", "users.mixture={neutral: 1}", runs="none")
+    run_dir = run.play(settings, report=lambda k, **f: told.append(f["text"]) if k == "note" else 0)
+    assert metrics(run_dir, 0)["discourse", "documents"] == 0
+    assert sum(": 1.000 of " in text for text in told) == 3
+    assert not any("nobody wrote" in text for text in told)
 
 
 def test_in_memory_rounds_equal_stored_ones(tmp_path):

@@ -497,7 +497,7 @@ def test_what_filter_and_step_did_and_whether_asking_works_stands_beside_the_hea
     assert lines[1] == "| arm, means over seeds | compliance | release_recall/nova |"
     assert lines[3:5] == ["| neutral | 0.300 → 0.100 (1) | - |", "| full | - | 0.600 → 0.400 (2) |"]
     assert lines[-1].startswith(
-        "As observed in round 0 → 1, in brackets the seeds that have the number in the last. compliance: P(read as her"
+        "As observed in round 0 → 1, in brackets the seeds that have the number then. compliance: P(read as her"
     )
     # What several names share is said once.
     named = [
@@ -510,8 +510,11 @@ def test_what_filter_and_step_did_and_whether_asking_works_stands_beside_the_hea
     # A run that lends its outputs ends before the others, and its last round is the last of its own.
     short = rows_of({"neutral": {0: [0.4]}, "full": {0: [0.1, 0.3]}}, metric="named/nova", population="discourse")
     lines = scenario._done(about(), short)
-    assert lines[3:5] == ["| neutral | 0.400 → 0.400 (1) |", "| full | 0.100 → 0.300 (1) |"]
-    assert lines[-1].startswith("As observed in round 0 → 0, 1, in brackets")
+    assert lines[3:5] == ["| neutral | 0.400 (1) |", "| full | 0.100 → 0.300 (1) |"]
+    assert lines[-1].startswith("As observed in round 0 → 1, 0 of neutral, in brackets")
+    # What is there no more at the end was not there a round before.
+    gone = rows_of({"full": {0: [0.1, 0.3, math.nan]}}, metric="named/nova", population="discourse")
+    assert scenario._done(about(), gone)[4] == "| full | 0.100 → - (0) |"
 
 
 def test_what_a_filter_is_stated_to_do_stands_beside_what_it_did():
@@ -523,9 +526,17 @@ def test_what_a_filter_is_stated_to_do_stands_beside_what_it_did():
 
 
 def test_an_outcome_that_is_read_in_more_rounds_than_two_is_shown_by_round():
-    rows = rows_of({"full": {0: [0.1, 0.2, 0.3], 1: [0.1, 0.4, 0.5]}, "neutral": {0: [0.1, 0.1], 1: [0.1, 0.1]}})
-    measured_in = {"full": [0, 1, 2], "neutral": [0, 1]}
-    assert scenario._by_round(about(measured=measured_in), rows, outcome()) == ["- By round: full 0.100, 0.300, 0.400"]
+    # Of the two seeds that have both arms.
+    rows = rows_of(
+        {
+            "full": {0: [0.1, 0.2, 0.3], 1: [0.1, 0.4, 0.5], 2: [0.9, 0.9, 0.9]},
+            "neutral": {0: [0.1, math.nan, 0.1], 1: [0.1, math.nan, 0.1]},
+        }
+    )
+    measured_in = {"full": [0, 1, 2], "neutral": [0, 2]}
+    assert scenario._by_round(about(measured=measured_in, n_rounds=2), rows, outcome()) == [
+        "- By round: full 0: 0.100, 1: 0.300, 2: 0.400"
+    ]
     assert scenario._by_round(about(), rows_of(RISES), outcome()) == []
 
 
