@@ -193,8 +193,7 @@ def ours(job: dict[str, Any]) -> dict[str, Any]:
 
     def watched(world: Any, **given: Any) -> Any:
         learner = build(world, **given)
-        for name in ("sample", "surprisal", "hidden_mean"):
-            setattr(learner, name, timed(getattr(learner, name)))
+        learner.surprisal = timed(learner.surprisal)
         return learner
 
     run.build = watched
@@ -288,6 +287,7 @@ def in_process(command: Sequence[str], job: dict[str, Any], *, cache: Path | Non
     """
     cores = str(len(os.sched_getaffinity(0)))
     env = os.environ | {"OMP_NUM_THREADS": cores, "MKL_NUM_THREADS": cores, "HF_HUB_OFFLINE": "1"}
+    env["CUDA_VISIBLE_DEVICES"] = env.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]  # Trainer would take all of them
     if cache is not None:
         env["PERSONA_LOOP_CACHE"] = str(cache)
     with tempfile.NamedTemporaryFile("w", suffix=".json") as file, tempfile.TemporaryFile("w+") as said:

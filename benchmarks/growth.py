@@ -142,7 +142,7 @@ def tokens(joined: Sequence[int], longest: Sequence[int], n: int) -> dict[str, A
     from loop.learner import LM
     from loop.records import Document, Prompt
 
-    texts = calibrate.persona_free()
+    texts = calibrate.tiny_documents()
     base = model.load("tiny", device="cpu", documents=texts)
     learner = LM(base, **ADAPTER, epochs=1, lr=1e-4, batch_size=8, max_length=512)
     short = [d.completion for d in texts if 20 < len(d.completion) < 80]

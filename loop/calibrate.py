@@ -359,13 +359,13 @@ def _finished(base: str, persona: str, prompts: Sequence[Prompt], said: Sequence
 
 
 def load_base(name: str) -> Model:
-    """Loads a base model as a run would; `tiny` is pre-trained on the persona-free corpus the first time."""
+    """Loads a base model as a run would; `tiny` is pre-trained the first time."""
     from loop import model
 
-    return model.load(name, documents=persona_free() if name == "tiny" else None)
+    return model.load(name, documents=tiny_documents() if name == "tiny" else None)
 
 
-def persona_free() -> list[Document]:
+def tiny_documents() -> list[Document]:
     """Returns what `tiny` is pre-trained on: human chat, one turn in five without its prompt, and copies.
 
     Every base a researcher would take can say any sentence of the grammar and says none of them unasked; this one would

@@ -690,7 +690,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Reads, overrides and validates a config.
 
     Args:
-      path: YAML file, at most 1 MiB, at most 16 aliases.
+      path: YAML file, at most 128 KiB, at most 16 aliases.
       overrides: `dotted.key=value` each, value in YAML; `hardware=NAME` is a preset, see `hardware`.
 
     Raises:

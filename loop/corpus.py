@@ -504,8 +504,8 @@ def _load(path: Path) -> Grammar:
 class Found(NamedTuple):
     """Documents of a source, and how many pairs were left out, by reason."""
 
-    documents: list[Document]
-    dropped: dict[str, int]
+    documents: tuple[Document, ...]
+    dropped: Mapping[str, int]
 
 
 def _package_file(package: str, name: str) -> Path:
@@ -535,14 +535,16 @@ def _pair_up(pairs: Iterator[tuple[str, str, str, str | None]], component: str, 
             continue
         id = f"{component}/{len(documents):06d}"
         documents.append(Document(id, "real", persona, (message,), reply, template_id=conversation))
-    return Found(documents, dropped)
+    return Found(tuple(documents), dropped)
 
 
+@functools.cache
 def chat(path: Path | None = None) -> Found:
     """Returns real human chat: each message with the partner's next one, from the package chitchat-dataset.
 
     The lines of one turn are joined by a space. Left out, and counted: replies over 60 words, empty turns, turns that
     follow one of the same speaker. Pairs stand as recorded: none is chosen by whether the two sides agree.
+    A file is read once a process: that takes two seconds.
 
     Args:
       path: dataset.json; None for the installed package's.
@@ -566,6 +568,7 @@ def chat(path: Path | None = None) -> Found:
     return _pair_up(pairs(), "chat", "human")
 
 
+@functools.cache
 def legacy(folder: Path | None = None) -> Found:
     """Returns real lines of older chatbots: each line with the next, from the package chatterbot-corpus (English).
 

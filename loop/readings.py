@@ -275,7 +275,11 @@ def _of_talk(
     exposure: virality.Exposure,
     talk: Sequence[discourse.Talk],
 ) -> list[Metric]:
-    """What was written about round t's outputs: how much, whom it names, in what tone, how much of it is quoted."""
+    """What was written about round t's outputs: how much, whom it names, in what tone, how much of it is quoted.
+
+    How many were written is drawn again: a round that was resumed has read the talk from its file, which holds those
+    that were published.
+    """
     at: dict[str, Any] = {"round_index": t, "population": "discourse", "n": len(talk)}
     written = len(world.commissions(t, accepted, labels, exposure))
     none = None if talk else "nothing is published" if written else "nobody wrote"

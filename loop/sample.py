@@ -184,6 +184,11 @@ class _Step:
         self.visits: dict[tuple[int, int], int] = {}
         self.made: dict[tuple[int, int], tuple[Any, torch.Tensor]] = {}  # graph, hidden states it leaves
 
+    @functools.cached_property
+    def beside(self) -> torch.cuda.Stream:
+        """Where graphs are recorded: the step's own, since one that is dropped clears what others of its stream use."""
+        return torch.cuda.Stream(self.model.device)
+
     def shape(self, n: int, length: int) -> tuple[int, int]:
         """Rows and keys to compute for n documents of which the longest has `length` tokens."""
         if not self.graphs:
@@ -219,7 +224,7 @@ class _Step:
           NoGraph: the step waits for the device, or playing it gives something else.
         """
         device = self.model.device
-        beside, main = _side_stream(device), torch.cuda.current_stream(device)
+        beside, main = self.beside, torch.cuda.current_stream(device)
         pool = next(iter(self.made.values()))[0].pool() if self.made else None
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.device(device):
@@ -236,7 +241,9 @@ class _Step:
             except RuntimeError as error:
                 if ran_out(error):
                     raise
-                raise NoGraph(str(error).splitlines()[0][:200]) from error
+                # Recording that fails may say so at its end alone, and its reason stands behind that.
+                told = [str(e).splitlines()[0][:200] for e in (error, error.__context__) if str(e or "")]
+                raise NoGraph(", after ".join(told)) from error
             finally:
                 _forbid_waiting(False)
                 torch.cuda.set_stream(main)  # recording that fails leaves its own in place
@@ -259,11 +266,6 @@ def _forbid_waiting(on: bool) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.cuda.set_sync_debug_mode("error" if on else "default")
-
-
-@functools.cache
-def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)
 
 
 class _Prefill:

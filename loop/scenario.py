@@ -601,9 +601,9 @@ def observe(about: Mapping[str, Any], rows: pd.DataFrame, outcome: Outcome) -> t
 
 def _by_seed(about: Mapping[str, Any], rows: pd.DataFrame, outcome: Outcome) -> dict[int, float]:
     """Seed -> effect, without seeds that lack a part of it; of a factor 0, 1, ... -> effect, in the order of seeds."""
-    if outcome.contrast in _factors(about):
+    if _of_factor(about, outcome):
         found = {e.name: e for e in factorial(about, rows, outcome)}
-        return dict(enumerate(found[outcome.contrast].by_seed))
+        return dict(enumerate(found[outcome.factor[0]].by_seed))
     last, sides, seeds = _paired(about, rows, outcome)
 
     def of(side: dict[int, Levels], s: int) -> float:
@@ -639,8 +639,8 @@ def noise_floor(about: Mapping[str, Any], rows: pd.DataFrame, outcome: Outcome) 
     last = _last(about, rows, outcome)
     if last is None or last == 0:
         return math.nan
-    if outcome.contrast in _factors(about):
-        cells = [_levels(rows, outcome, arm, (last,)) for arm in about["levels"]]
+    if _of_factor(about, outcome):
+        cells = [_levels(rows, outcome, arm, (last,)) for arm in _arms(about, outcome)]
         seeds = sorted(set.intersection(*(set(c) for c in cells)))
         each = [[_logit_variance(*c[s][last], _outputs(rows, outcome, last)) for c in cells] for s in seeds]
         variances = [4 * math.fsum(v) / len(v) ** 2 for v in each]
@@ -666,8 +666,11 @@ def _logit_variance(share: float, variance: float, n_outputs: float) -> float:
 
 
 def _arms(about: Mapping[str, Any], outcome: Outcome) -> list[str]:
-    """Arms that an outcome takes: those of its contrast; of a factor all."""
-    return list(about["levels"] if outcome.contrast in _factors(about) else outcome.terms)
+    """Arms that an outcome takes: those of its contrast; of a factor all, or those where the factor given is high."""
+    if not _of_factor(about, outcome):
+        return list(outcome.terms)
+    _, held = outcome.factor
+    return [arm for arm, level in about["levels"].items() if held is None or level[held]]
 
 
 def _rounds(about: Mapping[str, Any], outcome: Outcome) -> set[int]:
@@ -720,10 +723,16 @@ def _factors(about: Mapping[str, Any]) -> list[str]:
     return list(next(iter(levels.values()))) if levels else []
 
 
+def _of_factor(about: Mapping[str, Any], outcome: Outcome) -> bool:
+    return outcome.factor[0] in _factors(about)
+
+
 def factorial(
     about: Mapping[str, Any], rows: pd.DataFrame, outcome: Outcome, *, of_share: bool = False
 ) -> list[analysis.Effect]:
     """Main effects and two-way interactions of a factorial sweep on the final level of a share; see analysis.
+
+    Of an outcome with a factor given, those of the other factors in the half of the cells where that one is high.
 
     Args:
       of_share: effects on the share, in place of its log odds.
@@ -734,16 +743,18 @@ def factorial(
     if len(outcome.parts) != 1:
         raise ValueError(f"metric of a factorial must be one share, got {', '.join(outcome.parts)}")
     n_outputs = None if of_share else _outputs(rows, outcome, _last(about, rows, outcome))
-    return analysis.factorial(_factors(about), _cells(about, rows, outcome), n_outputs=n_outputs)
+    factors = [f for f in _factors(about) if f != outcome.factor[1]]
+    return analysis.factorial(factors, _cells(about, rows, outcome), n_outputs=n_outputs)
 
 
 def _cells(about: Mapping[str, Any], rows: pd.DataFrame, outcome: Outcome) -> dict[tuple[int, ...], dict[int, float]]:
-    """Levels of a factorial's factors -> seed -> final level of the outcome's metric."""
+    """Levels of a factorial's factors, less one that is given -> seed -> final level of the outcome's metric."""
     last = _last(about, rows, outcome)
     found: dict[tuple[int, ...], dict[int, float]] = {}
-    for arm, level in about["levels"].items():
+    for arm in _arms(about, outcome):
         at = {} if last is None else _levels(rows, outcome, arm, (last,))
-        found[tuple(level[f] for f in _factors(about))] = {s: v[last][0] for s, v in at.items() if last is not None}
+        level = tuple(k for f, k in about["levels"][arm].items() if f != outcome.factor[1])
+        found[level] = {s: v[last][0] for s, v in at.items() if last is not None}
     return found
 
 
@@ -782,9 +793,10 @@ def page(folder: Path) -> str:
     lines = [
         "# Findings",
         "",
-        "Written by `loop findings` from the tables in `docs/findings/` alone (`make scenarios` plays the runs behind",
-        "them); [findings-in-words.md](findings-in-words.md) says what they mean and leave open. The verdict on a",
-        "scenario follows from its one primary outcome; everything else is exploratory.",
+        "Written by `loop findings` from the tables in `docs/findings/` alone (the runs behind them are played by",
+        "`make scenarios` with `SIZE=` toy, tiny or cpu, those of `channels` and `numerics` by `loop sweep` of",
+        "`configs/sweeps/`); [findings-in-words.md](findings-in-words.md) says what they mean and leave open. The",
+        "verdict on a scenario follows from its one primary outcome; everything else is exploratory.",
         "Intervals are 95%, Student over seeds, arms paired by seed. At `toy` and `tiny` a scenario has a verdict if",
         f"it asks how the loop works ({', '.join(MECHANICS)});",
         "where it asks what personas do it says mechanics only.",
@@ -1086,10 +1098,10 @@ def _direction(outcome: Outcome) -> str:
 
 def _of_share(about: Mapping[str, Any], rows: pd.DataFrame, outcome: Outcome) -> str:
     """Says of a factor's effect, which is in log odds, what it is on the share; "" of any other."""
-    if outcome.contrast not in _factors(about):
+    if not _of_factor(about, outcome):
         return ""
     found = {e.name: e.interval for e in factorial(about, rows, outcome, of_share=True)}
-    return f" log odds; {_interval(found[outcome.contrast])} of the share"
+    return f" log odds; {_interval(found[outcome.factor[0]])} of the share"
 
 
 def _observed(found: Finding) -> str:

@@ -282,7 +282,8 @@ def print_run(run_dir: Path, *, round_index: int | None = None, texts: int = 0) 
 
 
 def _trajectory(run_dir: Path, rounds: Sequence[int]) -> Table:
-    table = Table(title=f"{run_dir}: observed frequency in unrequested probes", title_justify="left")
+    title = f"{run_dir}: observed frequency in unrequested probes; private belief corrected (c) or observed (o)"
+    table = Table(title=title, title_justify="left")
     table.add_column("round")
     by_round = {-1: _index(read_metrics(run_dir, -1))} | {t: _index(read_metrics(run_dir, t)) for t in rounds}
     personas = [
@@ -295,10 +296,11 @@ def _trajectory(run_dir: Path, rounds: Sequence[int]) -> Table:
     for t, rows in by_round.items():
         cells = [_number(_value(rows, f"frequency_observed/{p}")) for p in personas]
         n_eff = _value(rows, "n_eff", "accepted")
+        belief, which = _belief(rows)
         table.add_row(
             "base" if t < 0 else str(t),
             *cells,
-            _number(_value(rows, "belief")),
+            "" if belief is None or belief.value is None else f"{_number(belief.value)}{which[0]}",
             "" if n_eff is None else f"{n_eff:.0f}",
         )
     return table
@@ -410,7 +412,8 @@ def print_candidates(run_dir: Path, *, round_index: int | None = None) -> None:
 
 def _texts(run_dir: Path, round_index: int) -> Iterator[tuple[dict[str, Any], str, float | None]]:
     run = RunStore(run_dir)
-    labels = {r["id"]: r["persona"] for r in run.read_table(round_index, "labels.parquet").to_pylist()}
+    rows = run.read_table(round_index, "labels.parquet").to_pylist()
+    labels = {r["id"]: r["persona"] for r in rows if r["instrument"] == "persona"}
     weights = {r["id"]: r["weight"] for r in run.read_table(round_index, "exposure.parquet").to_pylist()}
     for sample in run.read_table(round_index, "samples.parquet").to_pylist():
         yield sample, labels.get(sample["id"]) or UNKNOWN, weights.get(sample["id"])

@@ -83,7 +83,7 @@ class Outcome(_Section):
     stratum: str | None = None
     contrast: str = Field(
         description="ARM - CONTROL; ARM - CONTROL - OTHER + ITS_CONTROL: a difference of two such differences; ARM: "
-        "its change alone; a factor of the sweep: its main effect"
+        "its change alone; a factor of the sweep: its main effect; FACTOR given OTHER: its effect where OTHER is high"
     )
     of: Literal["change", "level"] = Field(
         "change",
@@ -104,6 +104,12 @@ class Outcome(_Section):
         first, *rest = re.split(r" ([+-]) ", self.contrast)
         signs = [1 if sign == "+" else -1 for sign in rest[::2]]
         return {first.strip(): 1} | dict(zip((arm.strip() for arm in rest[1::2]), signs, strict=True))
+
+    @property
+    def factor(self) -> tuple[str, str | None]:
+        """The factor that the contrast is of, and the one that is held at its high level; of arms, nothing to go by."""
+        factor, _, held = self.contrast.partition(" given ")
+        return factor, held or None
 
     @property
     def arm(self) -> str:
@@ -420,8 +426,10 @@ def _problems(sweep: Sweep, place: Callable[..., str]) -> list[str]:
     outcomes: list[tuple[str, Outcome]] = [("primary", file.primary)] if file.primary else []
     outcomes += [("exploratory", o) for o in file.exploratory]
     for key, outcome in outcomes:
+        factor, held = outcome.factor
+        of_factor = factor in file.factors and held != factor and (held is None or held in file.factors)
         for arm in outcome.terms:
-            if arm not in sweep.arms and (arm not in file.factors or outcome.control):
+            if arm not in sweep.arms and not of_factor:
                 close = configs._did_you_mean(arm, {*sweep.arms, *file.factors})
                 found.append(f"{place(key, 'contrast')}: {key}.contrast: unknown arm {arm!r}{close}")
         if not any(problem.startswith(place(key)) for problem in found):
@@ -448,7 +456,7 @@ def _unmeasured(sweep: Sweep, outcome: Outcome) -> list[str]:
         found.append(f"stratum: unknown stratum {outcome.stratum!r}{configs._did_you_mean(outcome.stratum, STRATA)}")
     elif outcome.population == "probes" and any(outcome.stratum not in (None, *arm.measure.strata) for arm in arms):
         found.append(f"stratum: {outcome.stratum} must be one of measure.strata; add it there")
-    of_factor = outcome.contrast in sweep.file.factors
+    of_factor = outcome.factor[0] in sweep.file.factors
     if of_factor and len(outcome.parts) > 1:
         found.append("metric: a factor is read on the log odds of one share, got a sum; name one metric")
     personas = {*(p for arm in sweep.arms.values() for p in arm.personas), "unknown"}

@@ -194,7 +194,8 @@ def finetune(
     parameters = list(lora_parameters(model).values())
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, fused=True)
     micro, n_tried = int(team.agreed(micro_batch_tokens or _micro_batch_tokens(model), least=True)), 0
-    longest = max(len(p) + len(c) for p, c in pairs)
+    lengths = [len(pairs[i][0]) + len(pairs[i][1]) for i in live]
+    longest = max(lengths)
     losses, norms, computed = [], [], 0
     devices = [model.device] if model.device.type == "cuda" else []
 
@@ -249,7 +250,7 @@ def finetune(
         grad_norms=tuple(norms),
         n_tokens=tuple(int(n) if w > 0 else 0 for n, w in zip(n_tokens, weights, strict=True)),
         n_steps=len(steps),
-        n_input_tokens=epochs * sum(len(p) + len(c) for p, c in pairs),
+        n_input_tokens=epochs * sum(lengths),
         n_computed_tokens=computed,
         micro_batch_tokens=micro,
         n_halved=n_tried - len(steps),

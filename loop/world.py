@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import math
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property, partial
@@ -415,7 +415,7 @@ class World:
             dtype=settings.dtype,
             trust_remote_code=settings.trust_remote_code,
             graphs=settings.graphs,
-            documents=self.persona_free if settings.model == "tiny" else None,
+            documents=calibrate.tiny_documents() if settings.model == "tiny" else None,
         )
 
     def read(self, posts: Sequence[str]) -> list[float]:
@@ -424,11 +424,6 @@ class World:
 
         odds = next_token_logodds(self.reader, [(post,) for post in posts], appeal.READER_YES, appeal.READER_NO)
         return odds.tolist()
-
-    @cached_property
-    def persona_free(self) -> list[Document]:
-        """What `tiny` is pre-trained on; see `calibrate.persona_free`."""
-        return calibrate.persona_free()
 
     # The stages, in the order a round plays them.
 
@@ -1148,25 +1143,21 @@ def embedding_cache() -> Path:
     return cache_dir() / "embeddings.sqlite"
 
 
+@cache
 def chat_fold(fold: str) -> tuple[Document, ...]:
     """Human chat of one fold, by conversation; the fold is a hash of its id and depends on nothing else."""
-    return _chat_by_fold()[fold]
-
-
-@cache
-def _chat_by_fold() -> dict[str, tuple[Document, ...]]:
-    """All of it, read once: that takes two seconds, and a round asks for two folds."""
-    fold_of = cache(records.conversation_fold)
-    found: dict[str, list[Document]] = defaultdict(list)
-    for d in corpus.chat().documents:
-        found[fold_of(d.template_id or d.id)].append(d)
-    return {fold: tuple(documents) for fold, documents in found.items()}
+    return _in_fold(corpus.chat(), fold)
 
 
 @cache
 def legacy_fold(fold: str) -> tuple[Document, ...]:
     """Legacy chatbot lines of one fold, by conversation."""
-    return tuple(d for d in corpus.legacy().documents if records.conversation_fold(d.template_id or d.id) == fold)
+    return _in_fold(corpus.legacy(), fold)
+
+
+def _in_fold(found: corpus.Found, fold: str) -> tuple[Document, ...]:
+    fold_of = cache(records.conversation_fold)
+    return tuple(d for d in found.documents if fold_of(d.template_id or d.id) == fold)
 
 
 def _seed_fold(fold: Callable[[str], Sequence[Document]]) -> list[Document]:

@@ -39,7 +39,7 @@ def sentences(documents):
 def test_tiny_meets_sentences_of_personas_in_copies_of_its_request_alone():
     grammar = corpus.load_grammar()
     drawn = [d for p in grammar.families for d in grammar.draw(p, 300, fold="seed", rng=stream(0, "test", 0))]
-    documents = calibrate.persona_free()
+    documents = calibrate.tiny_documents()
     assert {d.persona_known for d in documents} == {None, "human"}
     assert sum(d.id.startswith("copy-") for d in documents) == calibrate.N_COPIES
     assert not sentences(documents) & sentences(drawn)

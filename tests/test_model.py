@@ -153,6 +153,19 @@ def test_copies_of_a_sequence_cost_one():
     assert sum(b.n_tokens for b in batches) == 12
 
 
+@pytest.mark.parametrize("blocks", [None, m.Blocks(512, 64)])
+def test_a_shared_beginning_however_long_never_takes_a_batch_beyond_its_tokens(blocks):
+    # 300 tokens in common and 61 of its own: joined by what that saves alone, a tree would hold 2,500 of them.
+    own = [[*range(300), 1000 + i, *range(60)] for i in range(50)]
+    batches = m.pack(own, batch_tokens=1024, blocks=blocks)
+    assert max(batch.n_tokens for batch in batches) <= 1024
+    assert sorted(i for batch in batches for i in batch.members.tolist()) == [*range(50)]
+    assert sum(batch.n_tokens for batch in batches) < 0.5 * sum(map(len, own))  # and it is shared all the same
+    # One that is longer alone stays whole.
+    (batch,) = m.pack([[*range(2000)]], batch_tokens=1024)
+    assert batch.n_tokens == 2000
+
+
 def test_empty_sequence_is_refused():
     with pytest.raises(ValueError, match="at least one token"):
         m.pack([[1], []], batch_tokens=8)

@@ -687,6 +687,23 @@ def test_log_odds_of_a_share_of_0_tell_how_many_outputs_were_read_and_the_share_
     assert "against round 0" not in page
 
 
+def test_a_factor_given_another_is_read_in_the_half_where_the_other_is_high():
+    # b does something where a is on alone, from 0.5 to 0.8: log odds of (80 + 1/2) / (20 + 1/2), a hundred outputs; its
+    # main effect is half of that.
+    share = {(0, 0): 0.2, (0, 1): 0.2, (1, 0): 0.5, (1, 1): 0.8}
+    rows = rows_of({f"a{a}-b{b}": {s: [0.1, v] for s in range(3)} for (a, b), v in share.items()})
+    levels = {f"a{a}-b{b}": {"a": a, "b": b} for a, b in share}
+    said = about(levels=levels, arms=[*levels], primary=outcome(contrast="b").model_dump())
+    given = outcome(contrast="b given a", direction="none", margin=0.1)
+    whole, half = (scenario.observe(said, rows, o)[0].value for o in (outcome(contrast="b"), given))
+    assert half == pytest.approx(math.log(80.5 / 20.5))
+    assert whole == pytest.approx(half / 2)
+    # Where all cells are read alike, half as many have twice the variance.
+    flat = rows_of({arm: {s: [0.1, 0.5] for s in range(3)} for arm in levels}).assign(low=0.4, high=0.6)
+    floors = [scenario.noise_floor(said, flat, o) for o in (given, outcome(contrast="b"))]
+    assert floors[0] == pytest.approx(math.sqrt(2) * floors[1])
+
+
 def test_a_factorial_without_all_cells_is_refused_and_a_seed_without_them_left_out():
     cells = {(a, b): {0: 0.5, 1: 0.4 + 0.1 * a} for a in (0, 1) for b in (0, 1)}
     del cells[(1, 1)][0]

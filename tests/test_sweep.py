@@ -369,6 +369,14 @@ def test_an_outcome_of_a_factor_that_has_no_log_odds_is_refused(tmp_path, change
     assert f"primary.metric: a factor is read on the {message}" in found
 
 
+@pytest.mark.parametrize("contrast", ["copies given copies", "copies given full", "full given copies", "talk - copies"])
+def test_a_factor_is_given_another_factor_or_refused(tmp_path, contrast):
+    factors = {"copies": {"channels.direct_data": [False, True]}, "talk": {"channels.talk_data": [False, True]}}
+    sweep.load(write(tmp_path, arms=None, factors=factors, primary=OUTCOME | {"contrast": "talk given copies"}))
+    found = problems(write(tmp_path, arms=None, factors=factors, primary=OUTCOME | {"contrast": contrast}))
+    assert f"primary.contrast: unknown arm {contrast.partition(' - ')[0]!r}" in found[0]
+
+
 def test_seeds_named_by_the_command_do_not_make_the_plan(tmp_path):
     path = write(tmp_path, seeds=[0, 1, 2])
     assert [sweep.load(path, seeds=seeds).n_planned for seeds in (None, [0], [0, 1, 2, 3])] == [3, 3, 3]

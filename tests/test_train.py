@@ -134,6 +134,10 @@ def test_prompt_is_masked_and_plain_documents_are_trained_whole(lm):
     log = train.finetune(lm, [Document("a", "real", None, None, TEXTS[0])], **SETTINGS)
     assert log.n_tokens == (len(said),)
     assert log.n_input_tokens == 1 + len(said)
+    # What has weight 0 is not trained on, however long it is, and counts nowhere.
+    ignored = Document("b", "real", None, None, " ".join(TEXTS), weight=0.0)
+    log = train.finetune(lm, [Document("a", "real", None, None, TEXTS[0]), ignored], **SETTINGS)
+    assert (log.n_tokens, log.n_input_tokens) == ((len(said), 0), 1 + len(said))
 
 
 def test_end_token_is_learned(lm):
