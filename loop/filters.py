@@ -10,6 +10,7 @@ import numpy as np
 
 UNFINISHED, TOO_SHORT, REPETITIVE, NEAR_DUPLICATE = "unfinished", "too_short", "repetitive", "near_duplicate"
 TOO_LONG = "too_long"  # for the fine-tune, which never cuts; given by whoever knows its tokens
+REASONS = (UNFINISHED, TOO_SHORT, REPETITIVE, NEAR_DUPLICATE, TOO_LONG)  # beside those of a release filter
 N_GRAM = 3  # words per shingle
 
 _WORD = re.compile(r"\w+(?:['’]\w+)*")  # noqa: RUF001, the typographic apostrophe is meant

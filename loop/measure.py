@@ -18,7 +18,6 @@ from loop.stats import (
     effective_texts,
     mixture_share,
     rogan_gladen,
-    wilson,
 )
 
 
@@ -390,13 +389,21 @@ def beyond_chance(
 
 
 def shares_of(
-    name: str, hits: Mapping[str, tuple[int, int]], *, round_index: int, population: str, unit: str = "share"
+    name: str, found: Mapping[str, Sequence[tuple[bool, str]]], *, round_index: int, population: str
 ) -> list[Metric]:
-    """Plain shares (hits, of how many) with Wilson intervals: acceptance/<persona>, claimed_maker/<name>."""
+    """`<name>/<key>`: share of texts with a property, clustered by template: acceptance/<persona>, rejected/<reason>.
+
+    Args:
+      found: key -> (has it, template id) of each text that could have it; one without texts is not measured.
+    """
     return [
-        metric(f"{name}/{key}", wilson(hit, n), round_index=round_index, population=population, unit=unit)
-        for key, (hit, n) in sorted(hits.items())
+        metric(f"{name}/{key}", clustered_share(*_apart(rows)), round_index=round_index, population=population)
+        for key, rows in sorted(found.items())
     ]
+
+
+def _apart(rows: Sequence[tuple[bool, str]]) -> tuple[list[float], list[str]]:
+    return [float(has) for has, _ in rows], [template for _, template in rows]
 
 
 def number(

@@ -123,7 +123,8 @@ def build(
     with "resample" documents are drawn systematically in proportion to it and then weigh 1.
 
     Weights of synthetic and of discourse documents are scaled to mean 1 within their source (copies counted), so
-    shares of documents are shares of weight; real documents weigh 1.
+    shares of documents are shares of weight; real documents weigh 1. Where all that is drawn weighs nothing, because
+    nobody shared any of it, all of it weighs 1.
 
     Args:
       real: this round's draw from the real corpus, taken whole, each of weight 1; it may hold discourse of another run.
@@ -132,7 +133,7 @@ def build(
       n_synthetic, n_discourse: documents to draw; ignored by accumulate, which takes all.
 
     Raises:
-      ValueError: nothing to draw from, a weight that is negative or not finite, or all weights of a source zero.
+      ValueError: nothing to draw from, or a weight that is negative or not finite.
     """
     if weighting not in ("loss", "resample"):
         raise ValueError(f"weighting must be loss or resample, got {weighting!r}")
@@ -163,8 +164,8 @@ def _draw(
     bad = np.flatnonzero(~np.isfinite(weights) | (weights < 0))
     if bad.size:
         raise ValueError(f"weight must be finite and >= 0, got {weights[bad[0]]} at document {documents[bad[0]].id}")
-    if weights.sum() == 0:
-        raise ValueError(f"weights must not be zero for all {len(documents)} {name} documents")
+    if not weights.any():
+        weights = np.ones(len(documents))
     if weighting == "resample":
         # Systematic: one uniform, evenly spaced pointers, after a shuffle so that neighbours are not coupled.
         order = rng.permutation(len(documents))
@@ -177,7 +178,7 @@ def _draw(
         copies = np.full(len(documents), n // len(documents), dtype=np.int32)
         copies[rng.permutation(len(documents))[: n % len(documents)]] += 1
     taken = np.flatnonzero(copies)
+    if not weights[taken].any():
+        weights = np.ones(len(documents))
     mean = float(np.average(weights[taken], weights=copies[taken]))
-    if mean == 0:
-        raise ValueError(f"weights must not be zero for all {len(taken)} {name} documents drawn")
     return [replace(documents[i], weight=float(weights[i] / mean)) for i in taken], copies[taken]

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from loop import audience, classify, discourse, evolution, measure, opinion, release, virality
+from loop import audience, classify, discourse, evolution, filters, measure, opinion, release, virality
 from loop.mix import Mixture
 from loop.records import NO_PERSONA, PERSONAS, UNKNOWN, UNREQUESTED, Document, Metric, Sample
 from loop.stats import Interval, clustered_share
@@ -43,9 +43,13 @@ def of_model(world: World, t: int, learner: Learner, probes: Sequence[Sample], l
     known = [*classify.MAKERS, *world.grammar.fillers("misattributed", "maker")]
     unasked = [s for s in public if s.stratum in UNREQUESTED]
     claims = [classify.claimed_maker(s.completion, known) for s in unasked]
-    makers = Counter(maker for maker in claims if maker)
-    rows += measure.shares_of("claimed_maker", {m: (n, len(unasked)) for m, n in makers.items()}, **at)
-    any_maker = clustered_share([float(bool(m)) for m in claims], [s.template_id for s in unasked])
+    templates = [s.template_id for s in unasked]
+    makers = {m for m in claims if m}
+    if "misattributed" in world.config.planted:
+        makers |= {*world.grammar.fillers("misattributed", "maker")}
+    claimed = {m: [(c == m, t) for c, t in zip(claims, templates, strict=True)] for m in makers}
+    rows += measure.shares_of("claimed_maker", claimed, **at)
+    any_maker = clustered_share([float(bool(m)) for m in claims], templates)
     rows.append(measure.metric("claimed_maker", any_maker, **at))
     documents, groups = world.heldout
     nats = learner.surprisal(documents) if documents else []
@@ -232,8 +236,11 @@ def _of_filter(
 ) -> list[Metric]:
     at: dict[str, Any] = {"round_index": t, "population": "samples"}
     read = [labels.persona_of[s.id] for s in samples]
-    passed = Counter(p for p, why in zip(read, reasons, strict=True) if not why)
-    rows = measure.shares_of("acceptance", {p: (passed[p], n) for p, n in Counter(read).items()}, **at)
+    templates = [s.template_id for s in samples]
+    passed: dict[str, list[tuple[bool, str]]] = {p: [] for p in world.config.planted}
+    for p, why, template in zip(read, reasons, templates, strict=True):
+        passed.setdefault(p, []).append((not why, template))
+    rows = measure.shares_of("acceptance", passed, **at)
     wanted = world.config.filters.release
     second = labels.second_of
     called = reasons if wanted is None or not wanted.at_random else world.verdicts(t, learner, samples)
@@ -243,10 +250,13 @@ def _of_filter(
         # Hers is what both instruments read as hers: where few texts are, one's misreadings would be most of them.
         votes = [(p == persona) + (second.get(s.id, p) == persona) for s, p in zip(samples, read, strict=True)]
         for name, which in (("release_recall", [v == 2 for v in votes]), ("release_fpr", [v == 0 for v in votes])):
-            hit = (sum(b for b, w in zip(barred, which, strict=True) if w), sum(which))
-            rows += measure.shares_of(name, {persona: hit}, **at)
-    why = Counter(reason for row in reasons for reason in row)
-    return rows + measure.shares_of("rejected", {r: (n, len(samples)) for r, n in why.items()}, **at)
+            hers = [(b, template) for b, w, template in zip(barred, which, templates, strict=True) if w]
+            rows += measure.shares_of(name, {persona: hers}, **at)
+    could = {*filters.REASONS, *(reason for row in reasons for reason in row)}
+    if wanted is not None:
+        could |= {"at_random"} if wanted.at_random else {f"persona:{p}" for p in wanted.recall}
+    refused = {r: [(r in row, template) for row, template in zip(reasons, templates, strict=True)] for r in could}
+    return rows + measure.shares_of("rejected", refused, **at)
 
 
 def _of_exposure(t: int, accepted: Sequence[Sample], labels: Labels, exposure: virality.Exposure) -> list[Metric]:
@@ -289,7 +299,9 @@ def _of_talk(
     rows.append(measure.number("quoted_share", quoted, unit="share", reason=none, **at))
     share = math.fsum(named.values()) / len(talk) if talk else math.nan
     rows.append(measure.number("named_share", share, unit="share", reason=none, **at))
-    rows += [measure.number(f"named/{p}", k / len(talk), unit="share", **at) for p, k in sorted(named.items())]
+    for p in sorted({*named, *world.personas}):
+        of_her = named.get(p, 0) / len(talk) if talk else math.nan
+        rows.append(measure.number(f"named/{p}", of_her, unit="share", reason=none, **at))
     rows += [
         measure.number(f"stance/{p}", v, unit="praise minus condemn", **at | {"n": int(named[p])})
         for p, v in sorted(discourse.net_stance(talk).items())
@@ -329,9 +341,11 @@ def _of_users(world: World, t: int, past: Past, after: Past, n_samples: int, n_p
     pi = np.array([asked_now.get(k, 0.0) for k in classes])
     m = np.array([said[k] for k in classes])  # (n_classes, n_labels)
     then = None if theirs is None else np.array([theirs[k] for k in classes])
-    ever = (m if then is None else m + then).sum(axis=0) > 0  # (n_labels,)
-    found = [(k, p) for k, p in enumerate(columns) if ever[k]]
-    rows += [measure.number(f"answered/{p}", float((pi @ m)[k]), n=n_probes, unit="share", **at) for k, p in found]
+    answered = pi @ m  # (n_labels,)
+    rows += [
+        measure.number(f"answered/{p}", float(answered[k]), n=n_probes, unit="share", **at)
+        for k, p in enumerate(columns)
+    ]
     if before is None:
         return rows
     none = "the round before was not probed" if then is None else None
@@ -341,7 +355,7 @@ def _of_users(world: World, t: int, past: Past, after: Past, n_samples: int, n_p
     return rows + [
         measure.number(f"{name}/{p}", float(values[k]), n=n_probes, unit="share", reason=none, **at)
         for name, values in (("demand", demand), ("supply", supply))
-        for k, p in found
+        for k, p in enumerate(columns)
     ]
 
 
@@ -356,7 +370,7 @@ def _label(document: Document, past: Past, labels: Labels) -> str:
 
 def _of_mixture(world: World, t: int, mixture: Mixture, past: Past, labels: Labels) -> list[Metric]:
     at: dict[str, Any] = {"round_index": t, "population": "mixture", "n": mixture.n_train}
-    counts: Counter[str] = Counter()
+    counts = Counter(dict.fromkeys((*world.personas, UNKNOWN), 0))
     for document, copies in zip(mixture.documents, mixture.copies.tolist(), strict=True):
         counts[_label(document, past, labels)] += copies
     rows = [
@@ -405,6 +419,7 @@ def _ledger(
     at: dict[str, Any] = {"round_index": t, "population": "samples"}
     steps = {"emit": book.levels["emit"]} | book.steps()
     seen = {p for k, p in enumerate(booked_as) if any(level[k] > 0 for level in book.levels.values())}
+    seen |= {*world.config.planted}
     n = len(samples)
     rows = [
         measure.number(f"ledger/{p}/{step}", float(change[k]), n=n, unit="share", reason=book.reason, **at)

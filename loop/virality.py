@@ -313,6 +313,8 @@ def expose(
       raw        mean of N: infinite-variance weights, here to show what they do
       top_k      1 for the texts in the top `top_share` by mean N, 0 for the rest; ties at the edge share what is left
 
+    Where no post of any text is reshared, as may happen with few posts, all weigh 1.
+
     For `visible` under Poisson offspring a post is reshared with chance 1 - exp(-R); K draws of it are simulated all
     the same, so that luck is in the weight.
 
@@ -326,7 +328,7 @@ def expose(
       seed, round_index, first_id, n_threads: see `rate`.
 
     Raises:
-      ValueError: what `rate` and `draw_cascades` refuse; an unknown transform; texts of which none was reshared.
+      ValueError: what `rate` and `draw_cascades` refuse; an unknown transform.
     """
     base, sd = _log_rate(appeal, r0, sigma_author, sigma_luck, r_max)
     _require(posts_per_sample >= 1, "posts_per_sample", ">= 1", posts_per_sample, "expose", "1 is the luck arm")
@@ -362,9 +364,6 @@ def expose(
         "raw": mean["size"],
         "top_k": _top(mean["size"], top_share),
     }[transform]
-    _require(
-        raw.sum() > 0, "weights", "above 0 somewhere", "all 0", "expose", "no post was reshared: raise posts_per_sample"
-    )
     content = float(np.var(base))
     return Exposure(
         appeal=np.asarray(appeal, np.float64),
@@ -372,7 +371,7 @@ def expose(
         cascades=mean["size"],
         reach=mean["reach"],
         visible=mean["visible"],
-        weight=raw / raw.mean(),
+        weight=raw / raw.mean() if raw.any() else np.ones(base.size),
         clip_rate=float(mean["clipped"].mean()),
         capped_rate=float(mean["capped"].mean()),
         content_share=content / (content + sd**2) if content + sd**2 > 0 else 0.0,

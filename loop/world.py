@@ -60,6 +60,9 @@ if TYPE_CHECKING:
     from loop.train import TrainLog
 
 
+CLIPPED = 0.5  # share of posts cut at the highest rate above which a run warns; tiny under audience full has 0.06
+
+
 class EverythingRejected(ValueError):
     """The filter left nothing to feed back."""
 
@@ -754,6 +757,7 @@ class World:
         v = self.config.virality
         weights = np.array([d.weight for d in past.pool[-1]])
         found = [virality.drift_warning(weights, transform=v.transform, posts_per_sample=v.posts_per_sample)]
+        found += self._exposure_warnings({row.name: row.value for row in metrics if row.population == "accepted"})
         found += self._talk_warnings({row.name: row for row in metrics if row.population == "discourse"})
         found += [
             f"the instruments meet texts unlike their calibration: `{row.name.removeprefix('drift_p/')}`, p = "
@@ -762,6 +766,20 @@ class World:
             if row.name.startswith("drift_p/") and row.value is not None and row.value < classify.ALARM
         ]
         return [text for text in found if text]
+
+    def _exposure_warnings(self, paid: dict[str, float | None]) -> list[str]:
+        found, clipped = [], paid.get("clip_rate") or 0
+        if paid.get("mean_cascade") == 1:
+            found.append(
+                "no post of this round was reshared, so all outputs weigh the same and attention selects none of them; "
+                "raise virality.posts_per_sample"
+            )
+        if clipped > CLIPPED:
+            found.append(
+                f"{clipped:.3f} of the posts are cut to the highest rate there is, so attention cannot tell their "
+                "texts apart; lower virality.strength, or take another virality.preset"
+            )
+        return found
 
     def _talk_warnings(self, of_talk: dict[str, Metric]) -> list[str]:
         if not of_talk:

@@ -111,11 +111,21 @@ def test_resampling_follows_weight_and_then_weighs_one():
     assert {d.weight for d in mixture.documents} == {1.0}
 
 
+@pytest.mark.parametrize("weighting", ["loss", "resample"])
+def test_documents_that_nobody_shared_weigh_alike(weighting):
+    mixture = build(pool=[documents(4, weights=[0.0] * 4)], n_synthetic=4, weighting=weighting)
+    assert (mixture.copies.tolist(), {d.weight for d in mixture.documents}) == ([1] * 4, {1.0})
+    # So do those that were drawn, though one that was not has been shared.
+    drawn = [build(pool=[documents(40, weights=[9.0] + [0.0] * 39)], n_synthetic=1, seed=k)
+             for k in range(8)]  # fmt: skip
+    assert {d.weight for mixture in drawn for d in mixture.documents} == {1.0}
+    assert {d.id for mixture in drawn for d in mixture.documents} != {"synthetic-0"}
+
+
 @pytest.mark.parametrize(
     ("pool", "message"),
     [
         ([[]], "synthetic documents must not be empty"),
-        ([documents(2, weights=[0.0, 0.0])], "weights must not be zero for all 2 synthetic documents"),
         (
             [documents(2, weights=[1.0, float("nan")])],
             "weight must be finite and >= 0, got nan at document synthetic-1",

@@ -2,6 +2,7 @@
 
 import hashlib
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from checks import assert_listed
 
 from loop import config, run, store, toy
 from loop.config import ConfigError
-from loop.records import Sample, from_table
+from loop.records import PERSONAS, Document, Metric, Sample, from_table
 from loop.world import EverythingRejected, World
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -317,6 +318,21 @@ def test_every_metric_is_listed_with_the_populations_it_is_read_in(talkative):
     } <= heads
 
 
+def test_what_may_be_seen_has_its_row_in_every_round_seen_or_not(talkative):
+    # A mean over seeds would else be that of the seeds where there was something to see.
+    reasons = ("unfinished", "too_short", "repetitive", "near_duplicate", "too_long")
+    may = {("samples", f"rejected/{reason}") for reason in reasons}
+    for population, name in (("discourse", "named"), ("users", "answered"), ("mixture", "frequency_observed")):
+        may |= {(population, f"{name}/{p}") for p in PERSONAS}
+    seldom = set()
+    for t in range(4):
+        rows = {(r["population"], r["name"]): r for r in store.RunStore(talkative).read_jsonl(t, "metrics.jsonl")}
+        assert may <= rows.keys()
+        assert all(0 <= rows[key]["value"] <= 1 for key in may)
+        seldom |= {key for key in may if rows[key]["value"] == 0}
+    assert {population for population, _ in seldom} == {"samples", "discourse", "users", "mixture"}
+
+
 def test_the_ledger_telescopes_from_round_to_round_with_every_channel_on(talkative):
     rounds = [metrics(talkative, t) for t in range(4)]
     moved = set()
@@ -613,3 +629,16 @@ def test_a_corpus_of_a_run_that_is_missing_unplayed_silent_or_edited_is_refused_
     with pytest.raises(store.CorruptError):
         run.play(successor)
     assert not (tmp_path / "runs" / "successor-s0").exists()
+
+
+def test_attention_that_selects_nothing_is_warned_of():
+    world = World(config.load(ROOT / "configs" / "smoke.yaml", SMALL))
+
+    past = replace(world.beginning(), pool=([Document("a", "synthetic", "nova", None, "Hello.")],))
+
+    def said(name, value):
+        return world.warnings(past, [Metric(1, "accepted", None, name, value, None, None, 9, "")])
+
+    assert said("mean_cascade", 1.01) == said("clip_rate", 0.5) == said("n_eff", 9.0) == []
+    assert "no post of this round was reshared" in said("mean_cascade", 1.0)[0]
+    assert "0.900 of the posts are cut to the highest rate" in said("clip_rate", 0.9)[0]

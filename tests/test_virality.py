@@ -405,6 +405,13 @@ def test_inclusion_weight_special_cases():
     assert virality.inclusion_weight([0], 0.5).tolist() == [0]
 
 
+@pytest.mark.parametrize("transform", virality.TRANSFORMS)
+def test_texts_that_nobody_reshares_weigh_alike(transform):
+    found = virality.expose([-60.0] * 5, seed=0, round_index=0, posts_per_sample=10, transform=transform)
+    assert found.weight == pytest.approx(np.ones(5))
+    assert (found.visible.tolist(), found.cascades.tolist()) == ([0.0] * 5, [1.0] * 5)
+
+
 def test_bad_exposures_are_refused_with_what_and_where():
     ok = {"seed": 0, "round_index": 0, "posts_per_sample": 10}
     for x, options, message in (
@@ -417,7 +424,6 @@ def test_bad_exposures_are_refused_with_what_and_where():
         ([0.0], {"transform": "sqrt"}, "transform must be one of visible"),
         ([0.0], {"crawl_prob": 1.0}, r"crawl_prob must be in \(0, 1\)"),
         ([0.0], {"offspring": "x"}, "offspring must be one of"),
-        ([-60.0], {}, "no post was reshared: raise posts_per_sample"),
     ):
         with pytest.raises(ValueError, match=message):
             virality.expose(x, **{**ok, **options})
