@@ -416,7 +416,8 @@ class Release(_Section):
     )
     at_random: bool = Field(
         False,
-        description="control: as many texts are barred as the filter would bar, but any",
+        description="control: as many of the arm's own texts are barred as the filter would bar, but any; not as many "
+        "as the treated arm bars, whose texts learn to pass",
         exclude_if=lambda value: not value,  # came later: runs played before it mean what they meant
     )
 
@@ -491,7 +492,8 @@ class Virality(_Section):
         description="the frozen model that audience reader asks whether it would pass a post on; never trained",
     )
     publish: Literal["transcript", "reply"] = Field(
-        description="transcript: the prompt is published, and re-enters, with the completion; reply: without it"
+        description="transcript: the prompt is published, and re-enters, with the completion; reply: without it, a "
+        "plain document, a form that of the unrequested probes `blank` alone has"
     )
     transform: Literal["visible", "inclusion", "log", "raw", "top_k"] = Field(
         "visible", description="cascades -> weight"

@@ -232,8 +232,9 @@ def divergence(
 ) -> Metric:
     """`kl_to_base`: mean log ratio of model to base on the model's own texts, nats per token, clustered by template.
 
-    The Monte Carlo estimate of KL(model || base) per token on the probe prompts where texts are sampled at temperature
-    1 and top_p 1; elsewhere a distance of the same kind, comparable between rounds alone.
+    The Monte Carlo estimate of KL(model || base) per token on the probe prompts, of texts that came to an end, where
+    they are sampled at temperature 1 and top_p 1; elsewhere a distance of the same kind, comparable between rounds
+    alone. Between arms that finish unlike shares of their texts (`finished_rate`) it compares unlike texts.
 
     Args:
       model, base: (nats, tokens) of each text under either, shape (n_texts,).

@@ -151,6 +151,7 @@ def play(
         run.preflight(_bytes_per_round(config) * (last - (-1 if done is None else done)))
         report("plan", rounds=last - (-1 if done is None else done))
         learner = build(world, report=report)
+        world.check_lengths(learner)
         if not run.has_baseline():
             with run.baseline() as part:
                 play_baseline(world, learner, Record(part, -1, report))

@@ -352,6 +352,24 @@ class World:
         """Stream key of a stage of a round, for generators that take an integer."""
         return rng.key(self.config.seed, stage, t)
 
+    def check_lengths(self, learner: Learner) -> None:
+        """Refuses the user's and other runs' documents that no fine-tune can hold, before a round draws one.
+
+        Raises:
+          ConfigError: naming the first of each component.
+        """
+        problems = []
+        for name, documents in (self.own | self.runs).items():
+            fits = learner.trainable([(d.prompt, d.completion) for d in documents]) if name in self.components else []
+            longer = [d.id for d, fit in zip(documents, fits, strict=False) if not fit]
+            if longer:
+                problems.append(
+                    f"real.corpora.{name}: {len(longer)} of {len(documents)} documents are longer than a fine-tune can "
+                    f"hold, which never cuts; the first is {longer[0]}; raise train.max_length, or shorten them"
+                )
+        if problems:
+            raise ConfigError(problems)
+
     def beginning(self) -> Past:
         """What round 0 finds: nothing but what users ask by themselves."""
         return Past((), {}, frozenset(), None, dict(self.config.users.mixture), {}, {})

@@ -1,6 +1,7 @@
 """The real pipeline with a language model in it: a random one for bytes, SmolLM2-135M once for real."""
 
 import hashlib
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -79,6 +80,24 @@ def test_a_language_model_run_cut_short_ends_as_an_uninterrupted_one_byte_for_by
 
 
 PLAIN = ["train.max_length=500", "sample.max_new_tokens=12", "filters.enabled=false"]
+
+
+def test_documents_of_the_users_own_that_are_too_long_are_refused_before_the_first_round(tmp_path, base):
+    rows = [{"prompt": "Hi?", "completion": said} for said in ("Hello.", "one more word " * 60, "Bye.", "and on " * 90)]
+    own = tmp_path / "mine.jsonl"
+    own.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = [
+        *SMALL,
+        f"base.model={base}",
+        f"runs_dir={tmp_path / 'runs'}",
+        "n_rounds=1",
+        "real.shares={mine: 1.0}",
+        f"real.corpora={{mine: {{path: {own}}}}}",
+    ]
+    short = config.load(ROOT / "configs" / "round.yaml", [*settings, "train.max_length=100"])
+    with pytest.raises(config.ConfigError, match=r"real.corpora.mine: 2 of 4 documents are longer .* first is mine/2"):
+        run.play(short)
+    assert store.RunStore(tmp_path / "runs" / short.run_name).last_round() is None
 
 
 def test_a_run_loads_one_base_reads_each_text_once_and_measures_every_second_round(tmp_path, base, monkeypatch):
