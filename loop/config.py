@@ -414,10 +414,10 @@ class Release(_Section):
     false_positive: Share = Field(
         0.0, description="learner toy only: chance that another persona's text is barred; for lm it is measured"
     )
-    at_random: bool = Field(
+    at_random: bool | str = Field(
         False,
-        description="control: as many of the arm's own texts are barred as the filter would bar, but any; not as many "
-        "as the treated arm bars, whose texts learn to pass",
+        description="control: any texts are barred. true: as many as the filter would bar of this run's own, which "
+        "never learn to pass; another run, as in real.corpora: as many as that one barred in the same round",
         exclude_if=lambda value: not value,  # came later: runs played before it mean what they meant
     )
 

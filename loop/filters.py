@@ -36,6 +36,11 @@ def repeat_share(found: Sequence[str]) -> float:
     return 1 - len(set(zip(found, found[1:], found[2:], strict=False))) / total
 
 
+def of_persona(reason: str) -> bool:
+    """Whether a reason is that of a release filter: that it called the text a persona's."""
+    return reason.startswith("persona:")
+
+
 def reject_reasons(
     texts: Sequence[str],
     finished: Sequence[bool],

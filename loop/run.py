@@ -7,7 +7,7 @@ import importlib.metadata
 import platform
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import pyarrow as pa
 
-from loop import corpus, engine, readings, records, release, store, team
+from loop import corpus, engine, filters, readings, records, release, store, team
 from loop.config import Config, ConfigError, from_text, to_yaml
 from loop.config import Corpus as CorpusSettings
 from loop.discourse import Talk
@@ -189,15 +189,14 @@ def play_in_memory(world: World, learner: Learner, *, n_rounds: int) -> list[Pas
 
 
 def set_up(config: Config) -> World:
-    """A config's world, with what other runs lend to its real corpus."""
+    """A config's world, with what other runs lend to its real corpus, and how many texts they barred."""
     lent = {name: c for name, c in config.real.corpora.items() if c.run is not None}
-    return World(config, runs={name: borrow(config, name, c) for name, c in lent.items()})
+    return World(config, runs={name: borrow(config, name, c) for name, c in lent.items()}, barred=barred_by(config))
 
 
-def lender(config: Config, settings: CorpusSettings) -> Path:
-    """Directory of the run that a corpus is taken from."""
-    assert settings.run is not None
-    name = settings.run.replace("{seed}", str(config.seed))
+def lender(config: Config, name: str) -> Path:
+    """Directory of another run that a config names."""
+    name = name.replace("{seed}", str(config.seed))
     return next((p for p in (Path(config.runs_dir) / name, Path(name)) if (p / "manifest.json").is_file()), Path(name))
 
 
@@ -211,25 +210,10 @@ def borrow(config: Config, name: str, settings: CorpusSettings) -> list[Document
       ConfigError: no such run or round, or none of what is asked for in it.
       store.CorruptError: the run is not as it was committed.
     """
-    where, folder = f"real.corpora.{name}", lender(config, settings)
-    if not (folder / "manifest.json").is_file():
-        raise ConfigError([f"{where}.run: no such run: {folder}; play it first, or give its directory"])
-    if folder.resolve() == (Path(config.runs_dir) / config.run_name).resolve():
-        raise ConfigError([f"{where}.run must be another run, got this one, {folder}"])
-    problems = [problem for problem in store.verify(folder) if problem.kind != "events"]
-    if problems:
-        raise store.CorruptError(folder, problems)
-    run = store.RunStore(folder)
-    missing = sorted(set(settings.round_indices) - set(run.rounds()))
-    if missing:
-        last = run.last_round()
-        raise ConfigError(
-            [
-                f"{where}.rounds must be played, {folder} has "
-                + ("none" if last is None else f"0..{last}")
-                + f", got {settings.rounds}; play more of it"
-            ]
-        )
+    assert settings.run is not None
+    where = f"real.corpora.{name}"
+    run = _open(config, f"{where}.run", settings.run, settings.round_indices)
+    folder = lender(config, settings.run)
     transcript = from_text(run.config_text(), where=f"{folder}/config.yaml").virality.publish == "transcript"
     documents: list[Document] = []
     for t in settings.round_indices:
@@ -246,6 +230,42 @@ def borrow(config: Config, name: str, settings: CorpusSettings) -> list[Document
     if not documents:
         raise ConfigError([f"{where} must hold documents, {folder} has no {settings.population} in {settings.rounds}"])
     return documents
+
+
+def barred_by(config: Config) -> list[int] | None:
+    """How many outputs of each round the release filter of another run barred, where this one bars as many at random.
+
+    Raises:
+      ConfigError: no such run or round, or a run that bars nobody.
+      store.CorruptError: the run is not as it was committed.
+    """
+    wanted = config.filters.release
+    if wanted is None or not isinstance(wanted.at_random, str):
+        return None
+    run = _open(config, AS_MANY, wanted.at_random, range(config.n_rounds + 1))
+    theirs = from_text(run.config_text(), where=f"{run.path}/config.yaml").filters.release
+    if theirs is None or theirs.at_random:
+        raise ConfigError([f"{AS_MANY} must be a run that bars personas, {run.path} bars none; name the treated one"])
+    tables = [run.read_table(t, "rejected.parquet") for t in range(config.n_rounds + 1)]
+    return [sum(any(map(filters.of_persona, row)) for row in t.column("reasons").to_pylist()) for t in tables]
+
+
+def _open(config: Config, where: str, name: str, rounds: Iterable[int]) -> store.RunStore:
+    """Opens another run that `where` of the config names, each file checked against its hash."""
+    folder = lender(config, name)
+    if not (folder / "manifest.json").is_file():
+        raise ConfigError([f"{where}: no such run: {folder}; play it first, or give its directory"])
+    if folder.resolve() == (Path(config.runs_dir) / config.run_name).resolve():
+        raise ConfigError([f"{where} must be another run, got this one, {folder}"])
+    problems = [problem for problem in store.verify(folder) if problem.kind != "events"]
+    if problems:
+        raise store.CorruptError(folder, problems)
+    run = store.RunStore(folder)
+    if missing := sorted(set(rounds) - set(run.rounds())):
+        last = run.last_round()
+        has = "none" if last is None else f"0..{last}"
+        raise ConfigError([f"{where} must have played round {missing[0]}, {folder} has {has}; play more of it"])
+    return run
 
 
 def _talk_of(run: store.RunStore, t: int) -> list[Talk]:
@@ -341,16 +361,21 @@ def manifest(world: World) -> dict[str, Any]:
             packages[name] = None
     if world.config.sample.engine == "vllm":
         packages["vllm"] = engine.version()
+
+    def hashes(run: str, rounds: Iterable[int], wanted: Collection[str]) -> dict[str, str]:
+        opened = store.RunStore(lender(world.config, run))
+        files = {f"round_{t:03d}/{file}": entry for t in rounds for file, entry in sorted(opened.files(t).items())}
+        return {at: entry["sha256"] for at, entry in files.items() if at.partition("/")[2] in wanted}
+
     lent = {
-        name: {
-            f"round_{t:03d}/{file}": entry["sha256"]
-            for t in c.round_indices
-            for file, entry in sorted(store.RunStore(lender(world.config, c)).files(t).items())
-            if file in LENT[c.population or ""]
-        }
+        name: hashes(c.run, c.round_indices, LENT[c.population or ""])
         for name, c in world.config.real.corpora.items()
         if c.run is not None
     }
+    if world.barred is not None:
+        assert world.config.filters.release is not None
+        run = str(world.config.filters.release.at_random)
+        lent[AS_MANY] = hashes(run, range(len(world.barred)), ("rejected.parquet",))
     return ({"corpora": lent} if lent else {}) | {
         "packages": packages,
         "python": platform.python_version(),
@@ -373,6 +398,7 @@ def _gpu(device: str) -> str | None:
     return str(torch.cuda.get_device_name(device))
 
 
+AS_MANY = "filters.release.at_random"
 # What another run's documents are made of; hashed in the manifest.
 LENT = {"accepted": ("samples.parquet", "rejected.parquet"), "discourse": ("discourse.parquet",)}
 

@@ -604,9 +604,11 @@ def _read(flat: Mapping[str, Any], free: Sequence[str]) -> str:
 
 
 def _origins(config: Config) -> set[Path]:
-    """Runs whose outputs are in a config's real corpus."""
-    named = [c.run.replace("{seed}", str(config.seed)) for c in config.real.corpora.values() if c.run is not None]
-    return {path for name in named for path in (Path(name).absolute(), (Path(config.runs_dir) / name).absolute())}
+    """Runs that a config's real corpus or its release filter takes something from."""
+    release = config.filters.release
+    named = [c.run for c in config.real.corpora.values()] + [release.at_random if release is not None else None]
+    names = [name.replace("{seed}", str(config.seed)) for name in named if isinstance(name, str)]
+    return {path for name in names for path in (Path(name).absolute(), (Path(config.runs_dir) / name).absolute())}
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -287,11 +287,19 @@ class World:
     Args:
       config: the run.
       runs: documents of other runs, by the component of the real corpus that they are; `run.set_up` reads them.
+      barred: outputs that another run barred in each round, where this one bars as many at random; it reads them too.
     """
 
-    def __init__(self, config: Config, *, runs: Mapping[str, Sequence[Document]] | None = None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        *,
+        runs: Mapping[str, Sequence[Document]] | None = None,
+        barred: Sequence[int] | None = None,
+    ) -> None:
         self.config = config
         self.runs = dict(runs or {})
+        self.barred = barred
         self.grammar = corpus.load_grammar()
         self.swap = ("nova", "stella") if config.real.name_swap else None
         self.personas = config.personas
@@ -710,11 +718,19 @@ class World:
         f = self.config.filters.release
         if f is None:
             return None
-        found = self.verdicts(t, learner, samples)
-        if not f.at_random:
-            return found
-        order = self.stream("release/at_random", t).permutation(len(found))
-        return [("at_random",) if found[i] else () for i in order]
+        if isinstance(f.at_random, str):
+            if self.barred is None:
+                raise ConfigError(
+                    [f"filters.release.at_random names {f.at_random}, which this command does not read; take it out"]
+                )
+            called = [i < self.barred[t] for i in range(len(samples))]
+        else:
+            found = self.verdicts(t, learner, samples)
+            if not f.at_random:
+                return found
+            called = [bool(reasons) for reasons in found]
+        order = self.stream("release/at_random", t).permutation(len(called))
+        return [("at_random",) if called[i] else () for i in order]
 
     def prompt_learned(self, sample: Sample) -> Turns:
         """The prompt under which an output is learned: as it is published."""

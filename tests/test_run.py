@@ -535,6 +535,35 @@ def test_the_control_of_the_release_filter_bars_as_many_texts_whoever_says_them(
     assert abs(there["accepted", "frequency_observed/nova"] - share) < 6 * (share * (1 - share) / 400) ** 0.5
 
 
+def test_a_control_bars_at_random_as_many_as_another_run_barred_round_by_round(tmp_path):
+    bars = ["filters.release.recall={nova: 0.8}", "filters.release.false_positive=0.1"]
+    treated = run.play(smoke(tmp_path, *bars, "name=treated"))
+    yoked = smoke(tmp_path, *bars, "filters.release.at_random=treated-s{seed}", "name=yoked", "virality.audience=null")
+    control = run.play(yoked)
+
+    def barred(run_dir, reason):
+        opened = store.RunStore(run_dir)
+        tables = [opened.read_table(t, "rejected.parquet").to_pylist() for t in opened.rounds()]
+        return [sum(reason in row["reasons"] for row in rows) for rows in tables]
+
+    assert barred(treated, "persona:nova") == barred(control, "at_random")
+    assert len({*barred(control, "at_random")}) > 1  # round by round, and not one number
+    assert barred(control, "persona:nova") == [0, 0, 0]
+    # What it was yoked to is hashed with it, and must be there, and bar somebody.
+    (hashes,) = store.RunStore(control).manifest()["corpora"].values()
+    assert [*hashes] == [f"round_{t:03d}/rejected.parquet" for t in range(3)]
+    for name, message in (
+        ("nobody-s0", "filters.release.at_random: no such run"),
+        ("yoked-s{seed}", "filters.release.at_random must be a run that bars personas"),
+        ("other-s{seed}", "filters.release.at_random must be another run, got this one"),
+    ):
+        run.play(smoke(tmp_path, "name=other", "n_rounds=0"))
+        with pytest.raises(ConfigError, match=message):
+            run.play(smoke(tmp_path, *bars, f"filters.release.at_random={name}", "name=other"))
+    with pytest.raises(ConfigError, match=r"at_random must have played round 3, .* has 0\.\.2; play more of it"):
+        run.play(smoke(tmp_path, *bars, "filters.release.at_random=treated-s0", "name=longer", "n_rounds=3"))
+
+
 def test_a_subsample_of_all_there_is_holds_real_documents_of_round_0_and_no_others(tmp_path):
     kept = ["mix.regime=accumulate_subsample", "mix.real_share=null", "real.planted=round0_only"]
     opened = store.RunStore(run.play(smoke(tmp_path, *kept)))
@@ -617,7 +646,7 @@ def test_a_corpus_of_a_run_that_is_missing_unplayed_silent_or_edited_is_refused_
         run.play(successor)
     origin = smoke(tmp_path, *ORIGIN)
     origin_dir = run.play(origin, rounds=0)
-    with pytest.raises(ConfigError, match=r"rounds must be played, .* has 0\.\.0, got 0\.\.1; play more of it"):
+    with pytest.raises(ConfigError, match=r"talk.run must have played round 1, .* has 0\.\.0; play more of it"):
         run.play(successor)
     run.play(origin)
     silent = run.play(smoke(tmp_path, "name=silent"))
