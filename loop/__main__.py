@@ -531,7 +531,7 @@ def audit_export(
     drawn = audit.export(run_dir, out, n=n, population=population, rounds=at, seed=seed)
     more = f", more than {n} because every label of every round needs {audit.MINIMUM}" if drawn > n else ""
     print(f"{out}: {drawn} texts{more}; fill in the column label, then `loop audit import {run_dir} {out}`")
-    print(f"labels: {', '.join(audit.SAID)} (no persona's voice)")
+    print(f"labels: {', '.join(audit.said_of(run_dir))} (no persona's voice)")
 
 
 @audit_app.command("import")

@@ -23,7 +23,7 @@ from loop import config as configs
 from loop import evolution, stats
 from loop.config import Config
 from loop.dose import Calibration
-from loop.records import PERSONAS
+from loop.records import PERSONAS, UNKNOWN
 from loop.stats import Interval
 from loop.store import SCHEMA_VERSION, RunStore
 
@@ -660,11 +660,14 @@ class Paid:
 
 
 def differentials(runs: Runs, pairs: Pairs) -> list[Paid]:
-    """Realised differential per persona, mean and interval over seeds; rounds in which none was accepted left out."""
+    """Realised differential per persona, mean and interval over seeds; rounds in which none was accepted left out.
+
+    Of a side that was paid nothing in some round there is no geometric mean, and none of what the other rounds paid.
+    """
     mine = _of(runs, pairs)
     names = sorted({n.partition("/")[2] for n in mine.metrics["name"] if n.startswith("differential/")})
     rows = []
-    for persona in [p for p in PERSONAS if p in names]:
+    for persona in [p for p in PERSONAS if p in names] + sorted({*names} - {*PERSONAS, UNKNOWN}):
         table = by_round(mine.metrics, f"differential/{persona}", population="accepted")
         table = table[[t for t in table.columns if t < pairs.last_round]]
         logs = np.log(table.where(table > 0)).mean(axis=1)
@@ -674,9 +677,11 @@ def differentials(runs: Runs, pairs: Pairs) -> list[Paid]:
             for c in pairs.cells:
                 by_seed.setdefault(c.seed, []).append(float(logs.get(getattr(c, side), math.nan)))
             means = np.array([np.mean(v) for v in by_seed.values()])
-            found, _ = over_seeds(means[np.isfinite(means)])
+            nothing = bool((table.reindex([getattr(c, side) for c in pairs.cells]) == 0).to_numpy().any())
+            found, _ = over_seeds(means[np.isfinite(means) & (not nothing)])
             value, low, high = np.exp([found.value, found.low, found.high]).tolist()
             reason = "none was accepted" if not np.isfinite(means).any() else found.reason
+            reason = "nothing was paid in some round" if nothing else reason
             sides.append(Interval(value, low, high, found.n, math.nan, reason))
         rows.append(Paid(persona, *sides))
     return rows
@@ -966,9 +971,12 @@ def selection_off(config: Config) -> bool:
 
 
 def _real(runs: Runs, run: str, last_round: int) -> tuple[Floats, dict[str, float]]:
-    """Realised real share per feedback round, shape (last_round,), and personas' mean shares of real documents."""
+    """Real among real and synthetic per feedback round, shape (last_round,); personas' mean shares of real documents.
+
+    Talk about outputs plays nobody: it makes room for neither.
+    """
     rows = runs.sources
-    rows = rows[(rows["run"] == run) & rows["round_index"].between(1, last_round)]
+    rows = rows[(rows["run"] == run) & rows["round_index"].between(1, last_round) & (rows["source"] != "discourse")]
     real = rows[rows["source"] == "real"]
     copies = rows.groupby("round_index")["copies"].sum()
     share = (real.groupby("round_index")["copies"].sum().reindex(copies.index).fillna(0) / copies).to_numpy(float)
@@ -1206,14 +1214,18 @@ def early_warning(runs: Runs, pairs: Sequence[Pairs], family: str, *, round_inde
 
     entropy, entropy_se = (t["e"] for t in _tables(mine, {"e": "sample_entropy"}, population="probes"))
     size = by_round(mine.metrics, "n_eff", population="accepted")
-    of_run = {
-        run: {
-            "n_eff": _at(size, run, round_index) < 0.8 * _at(size, run, 0),
-            "entropy": _at(entropy, run, 0) - _at(entropy, run, round_index)
-            > 3 * stats.remeasurement_noise_floor(_at(entropy_se, run, 0), _at(entropy_se, run, round_index)),
+
+    def fallen(run: str) -> dict[str, bool | None]:
+        small, whole = _at(size, run, round_index), _at(size, run, 0)
+        drop = _at(entropy, run, 0) - _at(entropy, run, round_index)
+        floor = stats.remeasurement_noise_floor(_at(entropy_se, run, 0), _at(entropy_se, run, round_index))
+        # What was not measured is no alarm that stayed silent.
+        return {
+            "n_eff": small < 0.8 * whole if math.isfinite(small - whole) else None,
+            "entropy": drop > 3 * floor if math.isfinite(drop - floor) else None,
         }
-        for run in mine.paths
-    }
+
+    of_run = {run: fallen(run) for run in mine.paths}
     found: dict[str, evolution.EarlyWarning] = {}
     hits: dict[str, list[tuple[bool, int]]] = {name: [] for name in THRESHOLDS}
     false: dict[str, list[tuple[bool, int]]] = {name: [] for name in THRESHOLDS}
@@ -1243,8 +1255,9 @@ def early_warning(runs: Runs, pairs: Sequence[Pairs], family: str, *, round_inde
         for name, rows in fired_null.items():
             false[name] += [(bool(rows[i]), seed_of[run]) for i, run in enumerate(controls)]
     for name in ("n_eff", "entropy"):
-        hits[name] = [(of_run[run][name], seed_of[run]) for run in treated if run in moved_runs]
-        false[name] = [(of_run[run][name], seed_of[run]) for run in controls]
+        told = {run: alarm for run, of in of_run.items() if (alarm := of[name]) is not None}
+        hits[name] = [(told[run], seed_of[run]) for run in treated if run in moved_runs and run in told]
+        false[name] = [(told[run], seed_of[run]) for run in controls if run in told]
 
     def rate(rows: Sequence[tuple[bool, int]]) -> Interval:
         return stats.clustered_share([float(hit) for hit, _ in rows], [seed for _, seed in rows])

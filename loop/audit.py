@@ -78,7 +78,7 @@ class Audited:
     Attributes:
       round_index: -1 for the baseline.
       population: "probes" or "samples".
-      persona: one of SAID.
+      persona: one of `said_of` the run.
       observed, observed_low, observed_high: as counted by the instrument, clustered by prompt template.
       audited, low, high: `stats.post_stratified_audit`; null where not measured.
       ppi, ppi_low, ppi_high: `stats.ppi_plus_plus` on the same labels, as a cross-check; null where not measured.
@@ -162,6 +162,12 @@ def _mixture(run: RunStore, population: str) -> dict[str, float] | None:
     return {stratum: w / total for stratum, w in mixture.items()}
 
 
+def said_of(run_dir: Path | str) -> tuple[str, ...]:
+    """What the instrument of a run may say, and its auditor: SAID, and before "unknown" personas of the user's own."""
+    run = RunStore(run_dir)
+    return (*config.from_text(run.config_text(), where=f"{run.path}/config.yaml").personas, UNKNOWN)
+
+
 def draw(texts: Sequence[Text], n: int, *, rng: np.random.Generator) -> list[Text]:
     """Draws texts to audit, stratified by round and instrument label, in an order that shows neither.
 
@@ -177,8 +183,9 @@ def draw(texts: Sequence[Text], n: int, *, rng: np.random.Generator) -> list[Tex
         raise ValueError(f"n must be >= 1, got {n}")
     chosen: list[Text] = []
     rounds = sorted({t.round_index for t in texts})
+    labels = (*SAID, *sorted({t.label for t in texts} - {*SAID}))
     for k, round_index in enumerate(rounds):
-        here = [[t for t in texts if t.round_index == round_index and t.label == label] for label in SAID]
+        here = [[t for t in texts if t.round_index == round_index and t.label == label] for label in labels]
         part = (k + 1) * n // len(rounds) - k * n // len(rounds)
         for group, size in zip(here, stats.audit_allocation([len(g) for g in here], part, MINIMUM), strict=True):
             chosen += [group[i] for i in rng.permutation(len(group))[:size]]
@@ -197,7 +204,13 @@ def inclusion(texts: Sequence[Text], audited: Sequence[str]) -> dict[str, float]
 
 
 def estimate(
-    texts: Sequence[Text], labels: Mapping[str, str], *, population: str, rng: np.random.Generator, level: float = 0.95
+    texts: Sequence[Text],
+    labels: Mapping[str, str],
+    *,
+    population: str,
+    rng: np.random.Generator,
+    said: Sequence[str] = SAID,
+    level: float = 0.95,
 ) -> list[Audited]:
     """Estimates each persona's headline frequency per round from an auditor's labels.
 
@@ -212,53 +225,54 @@ def estimate(
 
     Args:
       texts: all texts of the rounds, from `texts_of`.
-      labels: text id -> auditor's label, one of SAID, for some of them.
+      labels: text id -> auditor's label, one of `said`, for some of them.
       population: what the texts are, for the rows.
       rng: draws of the posterior.
+      said: see `said_of`.
       level: coverage, in (0, 1).
 
     Returns:
-      A row per round and persona, SAID in order.
+      A row per round and persona, `said` in order.
 
     Raises:
-      ValueError: a label that is none of SAID, or of a text that is not there.
+      ValueError: a label that is none of `said`, or of a text that is not there.
     """
     known = {t.id for t in texts}
     for i, label in labels.items():
-        if i not in known or label not in SAID:
-            raise ValueError(f"labels must be of known texts and among {', '.join(SAID)}, got {label!r} for {i!r}")
+        if i not in known or label not in said:
+            raise ValueError(f"labels must be of known texts and among {', '.join(said)}, got {label!r} for {i!r}")
     chance = inclusion(texts, list(labels))
     rows: list[Audited] = []
     for round_index in sorted({t.round_index for t in texts}):
         here = [t for t in texts if t.round_index == round_index]
         seen = [t for t in here if t.id in labels]
-        observed = [_observed(here, persona, population, level) for persona in SAID]
+        observed = [_observed(here, persona, population, level) for persona in said]
         weight = np.array([t.weight for t in here])
-        said = np.array([SAID.index(t.label) for t in here])
-        shares = np.bincount(said, weights=weight, minlength=len(SAID)) / weight.sum()
+        read = np.array([said.index(t.label) for t in here])
+        shares = np.bincount(read, weights=weight, minlength=len(said)) / weight.sum()
         pull = np.array([t.weight / chance[t.id] for t in seen])  # what an audited text stands for
-        truth = [SAID.index(labels[t.id]) for t in seen]
+        truth = [said.index(labels[t.id]) for t in seen]
         audited = stats.post_stratified_audit(
             shares * float(weight.sum() ** 2 / (weight @ weight)),  # Kish's number of texts
-            [SAID.index(t.label) for t in seen],
+            [said.index(t.label) for t in seen],
             truth,
-            n_personas=len(SAID),
+            n_personas=len(said),
             rng=rng,
             inclusion=pull.min() / pull if len(pull) else None,
             design_effect=stats.audit_design_effect(
-                said,
+                read,
                 [t.template_id for t in here],
                 [i for i, t in enumerate(here) if t.id in labels],
                 truth,
-                n_labels=len(SAID),
-                n_personas=len(SAID),
+                n_labels=len(said),
+                n_personas=len(said),
                 weights=weight,
                 strata=None if population == "samples" else [t.stratum for t in here],  # users choose what they ask
             ),
             level=level,
         )
-        missing = [label for k, label in enumerate(SAID) if shares[k] > 0 and not any(t.label == label for t in seen)]
-        for k, persona in enumerate(SAID):
+        missing = [label for k, label in enumerate(said) if shares[k] > 0 and not any(t.label == label for t in seen)]
+        for k, persona in enumerate(said):
             ppi = _ppi(here, seen, labels, pull, persona, level)
             reason = audited[k].reason
             if reason and seen and missing:
@@ -339,7 +353,8 @@ def free(
             )
     chosen = draw(texts, n, rng=rng.stream(seed, "audit", -1))
     labels = {t.id: str(t.known) for t in chosen}
-    return estimate(texts, labels, population=population, rng=rng.stream(seed, "audit/posterior", -1))
+    rand = rng.stream(seed, "audit/posterior", -1)
+    return estimate(texts, labels, population=population, rng=rand, said=said_of(run_dir))
 
 
 # The sheet
@@ -488,7 +503,7 @@ def read_sheet(run_dir: Path | str, sheet: Path | str, *, partial: bool = False)
     pin, pinned = _read_pin(run_dir, sheet)
     texts = [t for k in pin["rounds"] for t in texts_of(run_dir, k, pin["population"])]
     of_id = {t.id: t for t in texts}
-    chance = inclusion(texts, pin["ids"])
+    chance, said = inclusion(texts, pin["ids"]), said_of(run_dir)
     try:
         with sheet.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file, strict=True)
@@ -515,9 +530,9 @@ def read_sheet(run_dir: Path | str, sheet: Path | str, *, partial: bool = False)
         label = (row["label"] or "").strip().lower()
         if not label:
             if not partial:
-                problems.append(f"{where}: label must be one of {', '.join(SAID)}, got none; or import with --partial")
-        elif label not in SAID:
-            problems.append(f"{where}: label must be one of {', '.join(SAID)}, got {label[:40]!r}")
+                problems.append(f"{where}: label must be one of {', '.join(said)}, got none; or import with --partial")
+        elif label not in said:
+            problems.append(f"{where}: label must be one of {', '.join(said)}, got {label[:40]!r}")
         else:
             labels[i] = label
     gone = [i for i in pin["ids"] if i not in first_at]
@@ -601,7 +616,8 @@ def take_in(run_dir: Path | str, sheet: Path | str, *, partial: bool = False) ->
     sheet = Path(sheet)
     texts, labels = read_sheet(run_dir, sheet, partial=partial)
     population = json.loads(_pin_path(sheet).read_bytes())["population"]
-    rows = estimate(texts, labels, population=population, rng=rng.stream(0, "audit/posterior", -1))
+    rand = rng.stream(0, "audit/posterior", -1)
+    rows = estimate(texts, labels, population=population, rng=rand, said=said_of(run_dir))
     folder = Path(run_dir) / "audits" / _digest(sheet.read_bytes())
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "sheet.csv").write_bytes(sheet.read_bytes())

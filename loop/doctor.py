@@ -94,6 +94,8 @@ class Needs:
       memory_mib: of the process on a CPU. On a GPU, whose free memory decides how much is done at once, as much as
         what a CPU does at once would take there: enough, and no more than that is known.
       disk_mib: for all rounds.
+      why: what is not known, and why.
+      besides: what makes rounds differ from the one estimated.
     """
 
     trained_tokens: int
@@ -104,6 +106,7 @@ class Needs:
     memory_mib: int | None
     disk_mib: int
     why: str | None = None
+    besides: tuple[str, ...] = ()
 
 
 def estimate(config: Config) -> Needs:
@@ -117,9 +120,18 @@ def estimate(config: Config) -> Needs:
     words = sum(len(text.split()) for d in documents for text in (d.completion, *(d.prompt or ())))
     tokens = TOKENS_A_WORD * words + FRAME_TOKENS * len(documents)
     asked = config.sample.n_samples + (len(world.battery) if world.measures(BASELINE) else 0)
-    trained = int(config.train.epochs * tokens)
-    sampled = int(SAID * config.sample.max_new_tokens * asked)
-    texts = asked + len(documents)
+    trained, texts, said = config.train.epochs * tokens, asked + len(documents), float(asked)
+    if (steer := config.steer) is not None:
+        said += steer.n_prompts * steer.n_per_prompt
+        trained += 2 * steer.n_pairs * steer.epochs * tokens / len(documents)
+    if config.channels.talk and config.discourse.writer == "model":
+        said += config.discourse.volume * config.sample.n_samples
+    trained, sampled = int(trained), int(SAID * config.sample.max_new_tokens * said)
+    besides = []
+    if config.mix.regime == "accumulate":
+        besides.append(f"every round trains on up to {config.sample.n_samples} documents more: all outputs are kept")
+    if config.measure.every > 1 and config.n_rounds > 0:
+        besides.append(f"of {config.measure.every} rounds one is measured; the others ask and read no probes")
     rounds = config.n_rounds + 1
     shape = _shape(config)
     adapter = 4 * config.train.lora.r * shape.sides if shape else 0  # bytes
@@ -135,7 +147,7 @@ def estimate(config: Config) -> Needs:
         else:
             seconds = (_seconds(shape, trained, sampled, texts, 1), _seconds(shape, trained, sampled, texts, 0))
     disk = rounds * (adapter + 2048 * texts) / 2**20
-    return Needs(trained, sampled, texts, rounds, seconds, memory, math.ceil(disk), why)
+    return Needs(trained, sampled, texts, rounds, seconds, memory, math.ceil(disk), why, tuple(besides))
 
 
 def _seconds(shape: Shape, trained: int, sampled: int, texts: int, fast: int) -> float:
@@ -239,6 +251,8 @@ def _print_needs(config: Config, needs: Needs, facts: dict[str, Any]) -> None:
     print(f"{'disk for ' + str(needs.rounds) + ' rounds':<28} {needs.disk_mib} MiB")
     if needs.why is not None:
         print(f"{'not estimated':<28} {needs.why}")
+    for line in needs.besides:
+        print(f"{'beside that':<28} {line}")
     have = facts["device_memory_gib"] if config.learner == "lm" and _on_gpu(config) else facts["memory_gib"]
     if needs.memory_mib is not None and have is not None and needs.memory_mib / 1024 > have:
         print(f"{'too large':<28} this machine has {have} GiB; take a smaller base.model or base.dtype bfloat16")

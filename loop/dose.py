@@ -304,9 +304,12 @@ def fit(persona: str, share: np.ndarray, values: np.ndarray, n_outputs: float) -
 def _fitted(folder: Path, persona: str, rows: Sequence[Mapping[str, Any]]) -> Calibration:
     said = [r for r in rows if r["said"] == persona]
     cells = {(r["seed"], r["q"]): r for r in said if r["kind"] == "dose"}
-    doses = sorted({q for _, q in cells})
-    # Seeds that have every dose; an interrupted calibration has some that do not.
-    seeds = [s for s in sorted({s for s, _ in cells}) if all((s, q) in cells for q in doses)]
+    # Of seeds that all have the same doses the most cells: one that was interrupted has fewer doses than others, and a
+    # grid that was extended for some seeds has more of them than all have.
+    of_seed = {s: {q for t, q in cells if t == s} for s, _ in sorted(cells)}
+    blocks = [(mine, [s for s, theirs in of_seed.items() if mine <= theirs]) for mine in of_seed.values()]
+    common, seeds = max(blocks, key=lambda b: (len(b[0]) * len(b[1]), len(b[1])), default=(set(), []))
+    doses = sorted(common)
     families = {r["family"] for r in said}
     if len(doses) < 2 or not seeds or len(families) > 1:
         lacks = "one family of frequencies" if len(families) > 1 else "two doses of one seed"

@@ -320,6 +320,11 @@ def corrected_steps(
 
     prior = 1 / len(labels)
     point = rates(table[known] / table[known].sum(axis=1, keepdims=True))
+    if np.linalg.matrix_rank(point, tol=1e-6) < len(point):
+        blind = "the confusion matrix cannot tell the personas apart"
+        n_texts = {name: len(book.groups[group]) for name, (group, _) in book.worth.items()}
+        lost = {name: Interval(math.nan, math.nan, math.nan, n, reason=blind) for name, n in n_texts.items()}
+        return {name: [interval] * len(personas) for name, interval in lost.items()}
     drawn = rates(dirichlet(np.broadcast_to(table[known] + prior, (n_draws, len(known), len(labels))), rng))
     luck = {}
     for group, rows in book.groups.items():

@@ -185,9 +185,16 @@ def _ess_share(weights: np.ndarray) -> float:
     return total**2 / (len(weights) * float((weights**2).sum())) if total > 0 else 0.0
 
 
-def predict(settings: Config, given: Inputs, *, level: float = 0.9) -> theory.Forecast:
-    """Carries the inputs through the config's regime; see theory.forecast."""
+def predict(settings: Config, given: Inputs, *, level: float = 0.9, n_start: float = math.inf) -> theory.Forecast:
+    """Carries the inputs through the config's regime; see theory.forecast.
+
+    Args:
+      n_start: outputs that p0 was read from, whose luck the band then holds; inf: it is known. Taken as known where the
+        learner closes a part of its distance each round (`given.closed`), for that starts from one place.
+    """
     mix = settings.mix
+    if given.response is not None and given.closed < 1:
+        n_start = math.inf
     share: Any = None if mix.regime == "accumulate" else _real_shares(settings)
     n_drawn: Any = given.n_drawn
     if mix.regime == "accumulate_subsample":
@@ -209,6 +216,7 @@ def predict(settings: Config, given: Inputs, *, level: float = 0.9) -> theory.Fo
         n_drawn=n_drawn,
         n_outputs=given.n_outputs,
         n_learning=given.n_learning,
+        n_start=n_start,
         response=response,
         n_rounds=settings.n_rounds,
         regime=mix.regime,
@@ -282,7 +290,7 @@ def of_run(
                 "transmission": "within the fitted selection",
             },
         )
-    predicted = predict(settings, given, level=level)
+    predicted = predict(settings, given, level=level, n_start=given.n_outputs)
     if fit is not None:
         keep = [0, *range(fit + 1, last + 1)]
         scored = replace(

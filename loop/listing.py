@@ -27,7 +27,7 @@ MODELS = [
     ["a hub id", "", "downloaded by transformers; needs a network once"],
 ]
 AUDIENCES = {
-    "full": "seven lexical features with published coefficients",
+    "full": "six lexical features and novelty, with published coefficients",
     "no_request": "full, with request-to-share and address-to-reader worth 0",
     "learned": "fitted to how people react in chat; no lexicon",
     "reader": "a frozen base model asked whether it would pass the post on",

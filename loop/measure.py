@@ -20,6 +20,11 @@ from loop.stats import (
     rogan_gladen,
 )
 
+UNCORRECTED = (
+    "no text of known persona by this base model (loop classifier confusion --base BASE --write makes them), or "
+    "personas of your own, whose error is not measured"
+)
+
 
 def metric(
     name: str,
@@ -118,7 +123,7 @@ def corrected_frequencies(
     for stratum in (None, *sorted(set(strata))):
         n = sum(s in UNREQUESTED if stratum is None else s == stratum for s in strata)
         found: dict[int, Interval] = {}
-        reason = "no text of known persona by this base model; loop classifier confusion --base BASE --write makes them"
+        reason = UNCORRECTED
         if confusion is not None:
             shown = [_scope(samples, labels, label, stratum, mixture) for label in (*personas, UNKNOWN)]
             reason = next((i.reason for i in shown if not math.isfinite(i.value)), None) or "no calibration text of it"
@@ -187,7 +192,7 @@ def beliefs(
         if exact or not math.isfinite(shown.value):
             corrected = shown
         elif error is None:
-            corrected = Interval(math.nan, math.nan, math.nan, len(at), reason="no text of known persona by this base")
+            corrected = Interval(math.nan, math.nan, math.nan, len(at), reason=UNCORRECTED)
         else:
             n_eff = min(len(at), shown.value * (1 - shown.value) / shown.se**2) if shown.se > 0 else len(at)
             n_eff = n_eff or len(at)  # all or none affirm: the interval of the plain count

@@ -24,7 +24,7 @@ from loop import __version__, analysis, forecast, report, stats, virality
 from loop.analysis import Comparison, Runs, by_round
 from loop.config import Config
 from loop.evolution import STEPS
-from loop.records import CONSCIOUS, IMPLICIT, PERSONAS, UNKNOWN, UNREQUESTED, Metric
+from loop.records import CONSCIOUS, FACTORIAL, IMPLICIT, NO_PERSONA, PERSONAS, UNKNOWN, UNREQUESTED, Metric
 from loop.report import Curve, Step, Zone
 from loop.scenario import summary
 from loop.stats import Interval
@@ -36,6 +36,7 @@ N_TEXTS = 4000  # rows in the browser of texts; about 2 MB of page
 N_MAP = 1600  # texts on the map; embedding them takes about ten seconds on one core, once
 N_REDRAWS = 19  # the envelope of 19 redraws is passed by a twentieth at either end
 N_POSTS = 200_000  # single posts behind the law of cascades
+NOBODY = (UNKNOWN, NO_PERSONA, "requested", "private")  # booked beside personas
 FACES = ("nova", "promoter", "stella")  # asks and believes; asks alone; believes and hides
 BASELINE = -1
 
@@ -284,14 +285,16 @@ def _twin(m: Material, arm: str) -> Twin | str:
         seen = np.stack([rows[: last + 1] for rows in measured])  # (n_runs, last + 1, n_personas)
         settings = config.model_copy(update={"n_rounds": last})
         floor = 0.5 / given.n_outputs
-        predicted = forecast.predict(settings, replace(given, p0=_start(seen[:, 0].mean(axis=0), floor)))
+        p0 = _start(seen[:, 0].mean(axis=0), floor)
+        predicted = forecast.predict(settings, replace(given, p0=p0), n_start=given.n_outputs * len(runs))
         calm = replace(
             given,
             p0=_start(_first_round(m, runs, given.personas, seen[:, 0].mean(axis=0)), floor),
             selection=np.zeros_like(given.selection),
             n_outputs=max(1.0, analysis.outputs(m.runs.pick(runs), m.family)[runs[0]]),
         )
-        return Twin(given, predicted, seen, forecast.predict(settings, calm, level=0.95))
+        null = forecast.predict(settings, calm, level=0.95, n_start=calm.n_outputs * len(runs))
+        return Twin(given, predicted, seen, null)
     except ValueError as error:  # theory refuses what it does not cover, in words of its own
         return str(error)
 
@@ -520,13 +523,15 @@ def ledger(m: Material) -> Found:
         if runs[0] in m.real:
             continue  # nothing of its own comes back, so that there is nothing to book
         books: dict[str, list[Step]] = {}
-        for persona in _booked(m, runs):
-            booked = [report.ledger_steps(_metrics(m, run), persona) for run in runs if _booked(m, [run])]
-            books[persona] = booked[0] if len(booked) == 1 else _mean_steps(booked)
+        personas, mine = _booked(m, runs)
+        for persona in personas:
+            steps = [report.ledger_steps(_metrics(m, run), persona) for run in mine]
+            books[persona] = steps[0] if len(steps) == 1 else _mean_steps(steps)
         if not books:
             notes.append(f"Missing: {arm} has no ledger; it needs a measured round after round 0")
             continue
-        said = f"{arm}, all feedback rounds summed" + (f", mean of {len(runs)} seeds" if len(runs) > 1 else "")
+        spans = dict.fromkeys(report.over(report.booked(_metrics(m, run))) for run in mine)
+        said = f"{arm}, {' or '.join(spans)}" + (f", mean of {len(mine)} seeds" if len(mine) > 1 else "")
         alt = f"Ledger waterfall of {arm} for {', '.join(books)}: {', '.join(('emit', *STEPS))}."
         plates.append(Plate(f"ledger-{arm}", alt, report.waterfall(books, title=said)))
     if not plates:
@@ -534,15 +539,20 @@ def ledger(m: Material) -> Found:
     return Found(plates, notes=notes)
 
 
-def _booked(m: Material, runs: Sequence[str]) -> list[str]:
-    """The faces that all these runs have a ledger of; the most frequent personas where none is a face."""
+def _booked(m: Material, runs: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Whose ledger to draw, and the runs that have one: of the personas that all of these have booked the planted ones,
+    faces before others, or the most frequent where none is.
+    """
     rows = m.runs.metrics
-    have = []
-    for run in runs:
-        names = rows.loc[(rows["run"] == run) & rows["name"].str.match(r"ledger/[^/]+/emit$"), "name"]
-        have.append({name.split("/")[1] for name in names})
-    common = set.intersection(*have) if have else set()
-    return [p for p in FACES if p in common] or [p for p in PERSONAS if p in common][:3]
+    rows = rows[rows["run"].isin(runs) & rows["name"].str.match(r"ledger/[^/]+/emit$")]
+    emitted = rows.assign(name=rows["name"].str.split("/").str[1]).groupby(["name", "run"])["value"].mean().unstack()
+    emitted = emitted.dropna()  # index persona, columns the runs that have a ledger
+    named = [p for p in emitted.mean(axis=1).sort_values(ascending=False, kind="stable").index if p not in NOBODY]
+    config = m.runs.configs[runs[0]]
+    voices = [p for p in dict.fromkeys((*FACES, *config.personas)) if p != "human"]
+    planted = [p for p in voices if p in named and config.may_hold(p)]
+    faces = [p for p in planted if p in FACES] + [p for p in planted if p not in FACTORIAL]
+    return (faces or planted or named)[:4], list(emitted.columns)
 
 
 def _metrics(m: Material, run: str) -> list[list[Metric]]:
@@ -724,8 +734,10 @@ def theory(m: Material) -> Found:
             rows.setdefault(arm, {})[title] = (curve, {report.TWIN: zone})
         mean = twin.measured.mean(axis=0)
         inside = (twin.measured[:, 1:] >= p.low[1:] - 1e-9) & (twin.measured[:, 1:] <= p.high[1:] + 1e-9)
-        table.append([arm, f"{inside.mean():.2f}", f"{np.abs(mean[1:] - p.mean[1:]).mean():.4f}",
-                      f"{np.abs(mean[1:] - mean[:1]).mean():.4f}"])  # fmt: skip
+        known = np.isfinite(twin.measured[:, 1:])  # not every round is measured
+        off, moved = (np.abs(mean[1:] - there) for there in (p.mean[1:], mean[:1]))
+        if known.any():
+            table.append([arm, f"{inside[known].mean():.2f}", f"{np.nanmean(off):.4f}", f"{np.nanmean(moved):.4f}"])
         notes += [f"{arm}: {name}: {line}" for name, line in twin.given.source.items()
                   if line.startswith("NOT MODELLED") or name == "transmission"]  # fmt: skip
     if not rows:
@@ -959,7 +971,7 @@ def texts(m: Material) -> dict[str, Any]:
         trained = mixture[mixture["source"] != "real"]
         for row in trained[["run", "round_index", "id", "copies", "weight"]].itertuples(index=False):
             later.setdefault((row.run, row.id), []).append([row.round_index, row.copies, _plain(row.weight)])
-        talk = mixture[mixture["parent_ids"].map(len) > 0]
+        talk = mixture[mixture["source"] == "discourse"]
         everything = pd.concat([everything, talk.assign(kind="documents about texts", stratum=None)], ignore_index=True)
     groups = everything.groupby(["run", "round_index", "kind"], sort=False)
     cap = max(10, N_TEXTS // groups.ngroups)

@@ -45,7 +45,7 @@ def of_model(world: World, t: int, learner: Learner, probes: Sequence[Sample], l
     claims = [classify.claimed_maker(s.completion, known) for s in unasked]
     templates = [s.template_id for s in unasked]
     makers = {m for m in claims if m}
-    if "misattributed" in world.config.planted:
+    if world.config.may_hold("misattributed"):
         makers |= {*world.grammar.fillers("misattributed", "maker")}
     claimed = {m: [(c == m, t) for c, t in zip(claims, templates, strict=True)] for m in makers}
     rows += measure.shares_of("claimed_maker", claimed, **at)
@@ -237,7 +237,7 @@ def _of_filter(
     at: dict[str, Any] = {"round_index": t, "population": "samples"}
     read = [labels.persona_of[s.id] for s in samples]
     templates = [s.template_id for s in samples]
-    passed: dict[str, list[tuple[bool, str]]] = {p: [] for p in world.config.planted}
+    passed: dict[str, list[tuple[bool, str]]] = {p: [] for p in world.personas if world.config.may_hold(p)}
     for p, why, template in zip(read, reasons, templates, strict=True):
         passed.setdefault(p, []).append((not why, template))
     rows = measure.shares_of("acceptance", passed, **at)
@@ -419,7 +419,7 @@ def _ledger(
     at: dict[str, Any] = {"round_index": t, "population": "samples"}
     steps = {"emit": book.levels["emit"]} | book.steps()
     seen = {p for k, p in enumerate(booked_as) if any(level[k] > 0 for level in book.levels.values())}
-    seen |= {*world.config.planted}
+    seen |= {p for p in world.personas if world.config.may_hold(p)}
     n = len(samples)
     rows = [
         measure.number(f"ledger/{p}/{step}", float(change[k]), n=n, unit="share", reason=book.reason, **at)

@@ -287,8 +287,22 @@ class Step:
     reason: str | None = None
 
 
+def booked(rounds: Sequence[Sequence[Metric]]) -> list[int]:
+    """The last rounds with a ledger that follow each other: where not every round is measured, what lies between is not
+    booked, and changes of rounds apart add up to no share that any round had.
+    """
+    found = sorted({r.round_index for rows in rounds for r in rows if r.name.startswith("ledger/")})
+    apart = [k for k in range(1, len(found)) if found[k] != found[k - 1] + 1]
+    return found[apart[-1] :] if apart else found
+
+
+def over(rounds: Sequence[int]) -> str:
+    """Says which rounds a ledger is of."""
+    return f"round {rounds[0]}" if len(rounds) == 1 else f"rounds {rounds[0]} to {rounds[-1]}, summed"
+
+
 def ledger_steps(rounds: Sequence[Sequence[Metric]], persona: str) -> list[Step]:
-    """One persona's ledger over consecutive rounds: changes are summed, `emit` is that of the first.
+    """One persona's ledger over the rounds that are `booked`: changes are summed, `emit` is that of the first.
 
     Half-widths of the limits are added, as if the errors of all rounds went the same way: the confusion matrix, which
     is most of them, is the same one in every round. Too wide rather than too narrow; one round stands as it was stored.
@@ -300,10 +314,11 @@ def ledger_steps(rounds: Sequence[Sequence[Metric]], persona: str) -> list[Step]
     Raises:
       ValueError: no round has a ledger of this persona.
     """
+    wanted = booked(rounds)
     kept = [
         {r.name: r for r in rows if r.population == "samples" and r.name.startswith("ledger")}
         for rows in rounds
-        if any(r.name.startswith("ledger/") for r in rows)
+        if any(r.name.startswith("ledger/") and r.round_index in wanted for r in rows)
     ]
     known = sorted({name.split("/")[1] for rows in kept for name in rows})
     if persona not in known:
@@ -318,7 +333,7 @@ def ledger_steps(rounds: Sequence[Sequence[Metric]], persona: str) -> list[Step]
         true = [rows.get(f"ledger_corrected/{persona}/{step}") for rows in at]
         reasons = [r.reason for r in (*plain, *true) if r is not None and r.value is None and r.reason]
         if None in true:
-            reasons.append("no correction: no text of known persona by this base model")
+            reasons.append("no correction")
         corrected = _sum(r.value if r else None for r in true)
         down = _sum(r.value - r.low if r and r.value is not None and r.low is not None else None for r in true)
         up = _sum(r.high - r.value if r and r.value is not None and r.high is not None else None for r in true)
@@ -397,7 +412,7 @@ def waterfall(books: Mapping[str, Sequence[Step]], *, title: str) -> Any:
         axes.set_title(persona)
         highest = max([highest, *tops])
     panels[0].set_ylim(top=1.12 * highest if highest > 0 else 1)
-    panels[0].set_ylabel("share of unrequested outputs")
+    panels[0].set_ylabel("share of outputs, asked for by name apart")
     handles: list[Any] = [
         Patch(label="level", **_bar(Step("emit", 1, 0, 0, 0))),
         Patch(label="up, observed", **_bar(Step("train", 1, 0, 0, 0))),

@@ -134,6 +134,8 @@ def play(
         return run_dir
     with ExitStack() as stack:
         stack.enter_context(team.leading())
+        if (world.own or world.runs) and not (run_dir / "manifest.json").is_file():
+            world.check_lengths(build(world, report=report))  # before anything is written
         run = stack.enter_context(
             store.RunStore(run_dir).open(to_yaml(config), manifest(world), allow_drift=allow_drift)
         )
@@ -151,7 +153,6 @@ def play(
         run.preflight(_bytes_per_round(config) * (last - (-1 if done is None else done)))
         report("plan", rounds=last - (-1 if done is None else done))
         learner = build(world, report=report)
-        world.check_lengths(learner)
         if not run.has_baseline():
             with run.baseline() as part:
                 play_baseline(world, learner, Record(part, -1, report))

@@ -121,7 +121,7 @@ def state_power(sweep: Sweep) -> Stated | None:
     primary = sweep.file.primary
     if primary is None:
         return None
-    arm = next(iter(sweep.arms)) if sweep.file.factors else primary.arm
+    arm = _arms({"levels": sweep.levels}, primary)[0]
     # A file that says nothing of `of` asks what it asked before it could.
     asked = primary.model_dump(exclude={"of"} if primary.of == "change" else None)
     said = json.dumps([asked, list(sweep.seeds), config.to_yaml(sweep.arms[arm])])
@@ -230,7 +230,8 @@ def _sd(sweep: Sweep, arm: str, primary: Outcome) -> tuple[float, str]:
         share, source = 0.5, twin if moved else f"counting {n} texts alone; neither drift nor training noise counted"
     if sweep.file.factors:
         share = min(max(share, 0.01), 0.99)
-        return 2 * one / (share * (1 - share)) / math.sqrt(len(sweep.arms)), f"{source}; on the logit scale"
+        n_cells = len(_arms({"levels": sweep.levels}, primary))
+        return 2 * one / (share * (1 - share)) / math.sqrt(n_cells), f"{source}; on the logit scale"
     return math.sqrt(max(2, len(primary.terms))) * max(one, 1e-9), source
 
 
@@ -291,7 +292,8 @@ def gather(sweep: Sweep, known: tuple[dict[str, Any], pd.DataFrame] | None = Non
         "why": file.why,
         "time": sweep.time,
         "seeds": list(sweep.seeds),
-        "n_planned": sweep.n_planned,
+        "n_planned": len(sweep.planned),
+        "planned": list(sweep.planned),
         "n_rounds": max(c.n_rounds for c in sweep.arms.values()),
         "arms": list(sweep.arms),
         "measured": {arm: list(range(0, c.n_rounds + 1, max(1, c.measure.every))) for arm, c in sweep.arms.items()},
@@ -555,9 +557,13 @@ def _n_planned(about: Mapping[str, Any]) -> int:
 
 
 def _lacks(about: Mapping[str, Any], rows: pd.DataFrame, outcome: Outcome, effect: Interval) -> str:
-    """Which of the planned seeds and rounds an outcome is of, where it is not of all; "" where it is."""
+    """Which of the planned seeds and rounds an outcome is of, where it is not of these; "" where it is."""
     planned, last, final = _n_planned(about), _last(about, rows, outcome), max(_rounds(about, outcome), default=None)
     lacks = [f"{effect.n} of the {planned} planned seeds"] if effect.n < planned else []
+    beyond = [
+        str(s) for s in about["seeds"] if s not in about.get("planned", about["seeds"])
+    ]  # older tables: as planned
+    lacks += [f"with seeds that were not planned ({', '.join(beyond)})"] if beyond else []
     return "; ".join(lacks + ([f"round {last} of {final}"] if last != final else []))
 
 
@@ -630,8 +636,9 @@ def _paired(
 def noise_floor(about: Mapping[str, Any], rows: pd.DataFrame, outcome: Outcome) -> float:
     """Mean |effect| over the seeds of `observe` if every model were measured twice; an effect no larger is counting.
 
-    From the limits in the table; arms that share their round 0 share one measurement of it, which cancels. Of a factor:
-    half an output's smoothing apart, a logit has the variance of the share over (p * (1 - p))**2.
+    From the limits in the table; arms that share their round 0 share one measurement of it, which cancels, and so do
+    cells of a factorial whose readings all agree, because a factor has nothing to act on there. Of a factor: half an
+    output's smoothing apart, a logit has the variance of the share over (p * (1 - p))**2.
 
     Returns:
       In the unit of the effect; nan without a seed, and where a number has no interval (distinct_4).
@@ -640,10 +647,17 @@ def noise_floor(about: Mapping[str, Any], rows: pd.DataFrame, outcome: Outcome) 
     if last is None or last == 0:
         return math.nan
     if _of_factor(about, outcome):
-        cells = [_levels(rows, outcome, arm, (last,)) for arm in _arms(about, outcome)]
-        seeds = sorted(set.intersection(*(set(c) for c in cells)))
-        each = [[_logit_variance(*c[s][last], _outputs(rows, outcome, last)) for c in cells] for s in seeds]
-        variances = [4 * math.fsum(v) / len(v) ** 2 for v in each]
+        cells = {arm: _levels(rows, outcome, arm, (last,)) for arm in _arms(about, outcome)}
+        told = _told(rows, last)
+        seeds = sorted(set.intersection(*(set(c) for c in cells.values())))
+        n_outputs, variances = _outputs(about, rows, outcome, last), []
+        for s in seeds:
+            readings: dict[Any, tuple[float, float]] = {}  # what a model was read as -> how often it counts, variance
+            for arm, c in cells.items():
+                sign = 2 * about["levels"][arm][outcome.factor[0]] - 1
+                counts, _ = readings.get(told[arm, s], (0.0, 0.0))
+                readings[told[arm, s]] = (counts + 2 * sign / len(cells), _logit_variance(*c[s][last], n_outputs))
+            variances.append(math.fsum(k * k * variance for k, variance in readings.values()))
     else:
         begun = _begun(rows)
         _, sides, seeds = _paired(about, rows, outcome)
@@ -658,6 +672,15 @@ def noise_floor(about: Mapping[str, Any], rows: pd.DataFrame, outcome: Outcome) 
     if not variances:
         return math.nan
     return stats.remeasurement_noise_floor(math.sqrt(math.fsum(variances)) / len(variances), 0.0)
+
+
+def _told(rows: pd.DataFrame, t: int) -> dict[tuple[str, int], frozenset[Any]]:
+    """(arm, seed) -> all that round t's model was read as; models of which nothing differs were read once."""
+    at = rows[(rows["round"] == t) & (rows["population"] == "probes") & rows["value"].notna()]
+    return {
+        (str(arm), int(seed)): frozenset(zip(one["metric"], one["stratum"], one["value"], strict=True))
+        for (arm, seed), one in at.groupby(["arm", "seed"])
+    }
 
 
 def _logit_variance(share: float, variance: float, n_outputs: float) -> float:
@@ -742,7 +765,7 @@ def factorial(
     """
     if len(outcome.parts) != 1:
         raise ValueError(f"metric of a factorial must be one share, got {', '.join(outcome.parts)}")
-    n_outputs = None if of_share else _outputs(rows, outcome, _last(about, rows, outcome))
+    n_outputs = None if of_share else _outputs(about, rows, outcome, _last(about, rows, outcome))
     factors = [f for f in _factors(about) if f != outcome.factor[1]]
     return analysis.factorial(factors, _cells(about, rows, outcome), n_outputs=n_outputs)
 
@@ -758,8 +781,10 @@ def _cells(about: Mapping[str, Any], rows: pd.DataFrame, outcome: Outcome) -> di
     return found
 
 
-def _outputs(rows: pd.DataFrame, outcome: Outcome, last: int | None) -> float:
-    return float(rows.loc[rows["metric"].isin(outcome.parts) & (rows["round"] == last), "n"].median())
+def _outputs(about: Mapping[str, Any], rows: pd.DataFrame, outcome: Outcome, last: int | None) -> float:
+    at = rows[(rows["population"] == outcome.population) & (rows["stratum"] == (outcome.stratum or ""))]
+    at = at[at["metric"].isin(outcome.parts) & (at["round"] == last) & at["arm"].isin(_arms(about, outcome))]
+    return float(at["n"].median())
 
 
 # The page -----------------------------------------------------------------------------------------------------------
@@ -801,11 +826,11 @@ def page(folder: Path) -> str:
         f"it asks how the loop works ({', '.join(MECHANICS)});",
         "where it asks what personas do it says mechanics only.",
         "Floor: the mean |effect| that measuring the same models twice would show, 0.8 of its standard deviation: an",
-        "effect no larger tells nothing; one in twenty of such exceeds 2.5 floors. All seeds and arms are corrected by",
-        "one table of instrument errors: the error of that table is in no interval here, nor in a verdict that an",
-        "effect lies within a margin. Means are over the seeds an effect is of, from round 0 to the final one, arms in",
-        "the order of the contrast. Where a primary outcome was changed after numbers of another had been seen,",
-        "`CHANGELOG.md` says from what to what, and when.",
+        "effect no larger tells nothing; one in twenty of such exceeds 2.5 floors. Where readings are corrected",
+        "(SmolLM2's alone: the toy's have no error, tiny's stay as observed), one table of instrument errors serves",
+        "all seeds and arms: the error of that table is in no interval here. Means are over the seeds an effect is",
+        "of, from round 0 to the final one, arms in the order of the contrast. Where a primary outcome was changed",
+        "after numbers of another had been seen, `CHANGELOG.md` says from what to what, and when.",
         f"{NOTHING}: not measured, or nothing there to measure.",
         "",
     ]

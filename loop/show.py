@@ -148,8 +148,9 @@ def print_round(run_dir: Path) -> None:
     table = Table(title=f"{run_dir}, round {rounds[-1]}: unrequested probes", title_justify="left")
     for name in ("persona", "frequency", "95% interval", "", "change", "floor", "paid"):  # 76 columns wide at most
         table.add_column(name, justify="left" if name in ("persona", "") else "right", no_wrap=True)
-    seen = {p for p in _named(now) for family in _FAMILIES.values() if _value(now, f"{family}/{p}")}
-    shown = [p for p in _named(now) if p in FACTORIAL or p in seen]
+    named = _named(before | now)
+    seen = {p for p in named for rows in (now, before) for f in _FAMILIES.values() if _value(rows, f"{f}/{p}")}
+    shown = [p for p in named if p in FACTORIAL or p in seen]
     for persona in shown:
         row, which = _frequency(now, persona)
         old = before.get(("probes", f"{_FAMILIES[which]}/{persona}"))
@@ -347,7 +348,7 @@ def _marked(row: Metric | None, which: str) -> str:
 def print_ledger(
     run_dir: Path, personas: Sequence[str], *, round_index: int | None = None, out: Path | None = None
 ) -> None:
-    """Prints each persona's ledger, of one round or summed over all, and draws its waterfall where `out` says.
+    """Prints each persona's ledger, of one round or summed over the last that follow each other; `out`: draws it there.
 
     Raises:
       ValueError: no such round, or a persona without a ledger.
@@ -357,8 +358,7 @@ def print_ledger(
     rounds = _rounds(run_dir, round_index)
     at = rounds if round_index is None else [round_index]
     metrics = [read_metrics(run_dir, t) for t in at]
-    booked = [t for t, rows in zip(at, metrics, strict=True) if any(r.name.startswith("ledger/") for r in rows)]
-    over = f"round {at[0]}" if len(booked) < 2 else f"rounds {booked[0]} to {booked[-1]}, summed"
+    over = report.over(report.booked(metrics) or at)
     books = {persona: report.ledger_steps(metrics, persona) for persona in personas}
     for persona, steps in books.items():
         rows = []
@@ -604,7 +604,7 @@ def print_audit(rows: Sequence[Audited]) -> None:
     for round_index in sorted({r.round_index for r in rows}):
         here = [r for r in rows if r.round_index == round_index]
         one = here[0]
-        shown = [r for r in here if r.observed or r.audited is None or r.ppi or r.persona in FACTORIAL]
+        shown = [r for r in here if r.observed or r.audited is None or r.audited or r.ppi or r.persona in FACTORIAL]
         print_table(
             f"{_round_name(round_index)}, {one.population}: {one.n_audited} of {one.n_texts} texts audited",
             ["persona", "observed, 95%", "audited, 95%", "PPI++ cross-check", ""],

@@ -197,7 +197,7 @@ class Sweep:
       size: name of the size; "" where the file has none.
       file: its content.
       seeds: paired over all arms.
-      n_planned: seeds that the file plans; `seeds` may be fewer, if the command says so.
+      planned: seeds that the file plans; `seeds` are others, if the command says so.
       runs_dir: where its runs live.
       arms: arm -> config at the first seed.
       levels: arm -> level, 0 or 1, of each factor; empty without factors.
@@ -209,7 +209,7 @@ class Sweep:
     size: str
     file: File
     seeds: tuple[int, ...]
-    n_planned: int
+    planned: tuple[int, ...]
     runs_dir: Path
     arms: dict[str, Config]
     levels: dict[str, dict[str, int]] = field(default_factory=dict)
@@ -371,8 +371,8 @@ def load(
             problems.append(
                 f"{place('arms', arm)}: arm {arm}: the same resolved config as arm {first}; remove one of them"
             )
-    n_planned = len(sizes[chosen].seeds)
-    sweep = Sweep(path.stem, path, chosen, file, settings.seeds, n_planned, where, resolved, levels, settings.time)
+    planned = sizes[chosen].seeds
+    sweep = Sweep(path.stem, path, chosen, file, settings.seeds, planned, where, resolved, levels, settings.time)
     if not problems:
         problems = _problems(sweep, place)
     if problems:
@@ -447,7 +447,9 @@ def _problems(sweep: Sweep, place: Callable[..., str]) -> list[str]:
 
 def _unmeasured(sweep: Sweep, outcome: Outcome) -> list[str]:
     """What an outcome asks of that no run of the sweep will measure: found now, not after hours of play."""
-    arms = [c for a, c in sweep.arms.items() if a in outcome.terms] or [*sweep.arms.values()]
+    held = outcome.factor[1]
+    arms = [c for a, c in sweep.arms.items() if a in outcome.terms or (held and sweep.levels.get(a, {}).get(held))]
+    arms = arms or [*sweep.arms.values()]
     found = []
     if outcome.population not in POPULATIONS:
         close = configs._did_you_mean(outcome.population, POPULATIONS)

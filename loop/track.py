@@ -293,7 +293,8 @@ def figures(run: RunStore, t: int, folder: Path) -> list[Path]:
     if not books:
         return []
     path = folder / "ledger.png"
-    path.write_bytes(report.draw(report.waterfall(books, title=f"{run.path.name}, to round {t}"), "png"))
+    title = f"{run.path.name}, {report.over(report.booked(rounds))}"
+    path.write_bytes(report.draw(report.waterfall(books, title=title), "png"))
     return [path]
 
 
@@ -506,9 +507,9 @@ def workspace(keys: Iterable[str], *, entity: str, project: str, name: str = PRO
 
 
 def keys_of(run_dir: str | Path) -> set[str]:
-    """W&B keys of a run's numbers."""
+    """W&B keys of a run's numbers: those that have a value in some round."""
     run = RunStore(run_dir)
-    logged = {key for t in _parts(run) for key in row(run, t)}
+    logged = {key for t in _parts(run) for key, value in row(run, t).items() if value is not None}
     return logged | ({"candidates/count"} if run.rounds() else set())
 
 

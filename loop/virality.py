@@ -80,7 +80,7 @@ PRESETS = {
     "goel2012": Preset(r0=0.14 / math.exp(0.2), sigma_author=1.0, sigma_luck=math.sqrt(2.6)),
     "goel2016_mean": Preset(r0=0.372 / math.exp(0.2), sigma_author=1.0, sigma_luck=math.sqrt(2.6)),
     # For theory: a post of appeal a < ln(r_max) is reshared with chance exactly 1 - exp(-exp(a)), and nothing else is
-    # random. Appeals of the audiences that ship are above that: all but `null` are for the other presets.
+    # random. Appeals of the audiences that ship lie on both sides of that, `null`'s at 0: they are for the others.
     "exact": Preset(r0=1.0, sigma_author=0.0, sigma_luck=0.0, offspring="poisson"),
 }
 DEFAULT = PRESETS["goel2012"]

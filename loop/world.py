@@ -373,7 +373,8 @@ class World:
             if longer:
                 problems.append(
                     f"real.corpora.{name}: {len(longer)} of {len(documents)} documents are longer than a fine-tune can "
-                    f"hold, which never cuts; the first is {longer[0]}; raise train.max_length, or shorten them"
+                    f"hold, which never cuts; the first is {longer[0]}; leave them out, or raise train.max_length as "
+                    "far as the base allows"
                 )
         if problems:
             raise ConfigError(problems)
@@ -787,7 +788,9 @@ class World:
         )
 
     def warnings(self, past: Past, metrics: Sequence[Metric]) -> list[str]:
-        """What a reader of round t must know: weights on too few documents, instruments far from their calibration."""
+        """What a reader of round t must know: attention that selects nothing or sits on too few documents, talk that is
+        lost, instruments far from their calibration.
+        """
         v = self.config.virality
         weights = np.array([d.weight for d in past.pool[-1]])
         found = [virality.drift_warning(weights, transform=v.transform, posts_per_sample=v.posts_per_sample)]
@@ -808,7 +811,7 @@ class World:
                 "no post of this round was reshared, so all outputs weigh the same and attention selects none of them; "
                 "raise virality.posts_per_sample"
             )
-        if clipped > CLIPPED:
+        if clipped > CLIPPED and self.config.virality.audience != "null":
             found.append(
                 f"{clipped:.3f} of the posts are cut to the highest rate there is, so attention cannot tell their "
                 "texts apart; lower virality.strength, or take another virality.preset"

@@ -321,6 +321,33 @@ def test_response_per_unit_log_differential_is_the_slope_the_runs_were_made_with
     assert found.value == pytest.approx(math.exp(np.log(d["value"][:3]).mean()))
 
 
+def test_what_was_paid_holds_own_personas_and_has_no_mean_where_a_round_paid_nothing():
+    def paid(mine, other):
+        by = {"frequency_observed/nova": [0.2] * 3}
+        return by | {"accepted:differential/nova": mine, "accepted:differential/pirate": other}
+
+    runs = made(*[(arm("full", s), paid([2.0, 0.0, 2.0], [2.0, 8.0, 1.0])) for s in range(2)],
+                *[(off("neutral", s), paid([1.0] * 3, [1.0] * 3)) for s in range(2)])  # fmt: skip
+    rows = {r.persona: r for r in analysis.differentials(runs, analysis.pair(runs, controls(runs))[0])}
+    assert rows["pirate"].arm.value == pytest.approx(4)  # of rounds 0 and 1: sqrt(2 * 8)
+    assert math.isnan(rows["nova"].arm.value)
+    assert rows["nova"].arm.reason == "nothing was paid in some round"
+    assert rows["nova"].control.value == pytest.approx(1)
+
+
+def test_where_talk_alone_is_added_to_real_documents_nothing_is_inherited():
+    told = [(t, *s) for t in range(2) for s in (("discourse", None, 0.1), ("real", "nova", 0.9))]
+    share, sources = analysis._real(
+        made((arm("full", 0), {"frequency_observed/nova": [0.2, 0.2]}), mixture=told), "full-s0", 1
+    )
+    assert (share.tolist(), sources) == ([1.0], {"nova": 1.0})
+    both = [*told, (1, "synthetic", None, 0.3)]
+    share, _ = analysis._real(
+        made((arm("full", 0), {"frequency_observed/nova": [0.2, 0.2]}), mixture=both), "full-s0", 1
+    )
+    assert share.tolist() == pytest.approx([0.75])  # of 0.9 and 0.3, whatever was talked
+
+
 def test_the_interval_of_the_response_is_students_over_seeds():
     # Every seed has the same x, and shares and so weights nearly so: the pooled slope is near the mean of the seeds'
     # and its jackknife near their t interval (half a width: .063).
@@ -614,6 +641,13 @@ def test_early_warning_scores_moved_arms_and_counts_false_alarms_in_selection_of
         analysis.THRESHOLDS["n_eff"]: (0.0, 0.5),
         analysis.THRESHOLDS["entropy"]: (1.0, 0.0),
     }
+    # Entropy that was not read in the round of the warning has no rate, where it stayed silent it has one of 0.
+    unread = made(*[(arm("full", s), signs(grows, [2.0, 1, nan, 1, 1], [100] * 5)) for s in range(2)],
+                  *[(off("neutral", s), signs(still, [2.0, 2, nan, 2, 2], [100] * 5)) for s in range(2)])  # fmt: skip
+    told = analysis.early_warning(unread, analysis.pair(unread, controls(unread)), "frequency_observed")
+    names = {i.name for i in told.indicators}
+    assert analysis.THRESHOLDS["entropy"] not in names
+    assert analysis.THRESHOLDS["n_eff"] in names
     with pytest.raises(ValueError, match="--warn needs a final round beyond round 4, got 4"):
         analysis.early_warning(runs, pairs, "frequency_observed", round_index=4)
     swapped = analysis.pair(runs, controls(runs, "full"))

@@ -107,6 +107,23 @@ def test_trained_tokens_are_near_those_the_tokenizer_counts():
     assert doctor.estimate(settings).trained_tokens == pytest.approx(counted, rel=0.15)
 
 
+def test_steering_is_counted_and_rounds_unlike_the_one_estimated_are_said():
+    steer = ["steer.against=[nova]", "steer.n_prompts=10", "steer.n_per_prompt=4", "steer.n_pairs=48", "steer.epochs=3"]
+    plain, steered = (doctor.estimate(config.load(ROUND, more)) for more in ([], steer))
+    # 40 answers more; twice 48 texts in three passes, of the mean length of the 64 documents in two.
+    limit = config.load(ROUND).sample.max_new_tokens
+    assert steered.sampled_tokens - plain.sampled_tokens == pytest.approx(0.63 * limit * 40, abs=2)
+    settings = config.load(ROUND)
+    each = plain.trained_tokens / settings.train.epochs / settings.mix.n_train
+    assert steered.trained_tokens - plain.trained_tokens == pytest.approx(2 * 48 * 3 * each, rel=0.01)
+    assert plain.besides == ()
+    kept = doctor.estimate(config.load(ROUND, ["mix.regime=accumulate", "mix.real_share=null", "measure.every=2"]))
+    assert [line.split(":")[0] for line in kept.besides] == [
+        f"every round trains on up to {settings.sample.n_samples} documents more",
+        "of 2 rounds one is measured; the others ask and read no probes",
+    ]
+
+
 def test_what_is_not_known_is_said_and_not_guessed():
     for base, device, why in (("nobody/nothing", "cpu", "not in a folder here"), ("tiny", "cuda", "measured on a GPU")):
         needs = doctor.estimate(config.load(ROUND, [f"base.model={base}", f"base.device={device}"]))

@@ -175,6 +175,20 @@ def test_doses_that_come_to_the_same_documents_are_one_dose(tmp_path):
     assert found.share == pytest.approx([0, 0.1, 0.5])
 
 
+def test_seeds_that_all_have_the_same_doses_count_and_not_one_that_has_more_or_fewer(tmp_path):
+    (tmp_path / "calibration.json").write_text('{"instruments": {}}')
+
+    def rows(seed, doses):
+        said = {"kind": "dose", "said": "nova", "seed": seed, "n_outputs": 100.0, "family": "frequency_observed"}
+        return [said | {"q": q, "share": q, "value": q / 2} for q in doses]
+
+    whole = [0.0, 0.25, 0.5, 1.0]
+    # Seed 0 had its grid extended, seed 3 was interrupted.
+    found = [*rows(0, [*whole, 0.6, 0.7]), *rows(1, whole), *rows(2, whole), *rows(3, whole[:2])]
+    got = dose._fitted(tmp_path, "nova", found)
+    assert (got.share.tolist(), got.values.shape) == (whole, (3, 4))
+
+
 def test_unmeasured_personas_share_what_the_measured_one_leaves():
     class Half:
         response = staticmethod(lambda q: q / 2)

@@ -246,6 +246,10 @@ def test_a_persona_without_calibration_text_has_no_corrected_ledger():
     _, steps = corrected([[10, 0, 0], [0, 0, 0]])
     assert math.isnan(steps["train"][1].value)
     assert steps["train"][1].reason == "no calibration text"
+    # An instrument that reads two personas alike cannot be undone, as it cannot for a frequency.
+    for alike in ([[5, 0, 5], [5, 0, 5]], [[0, 0, 9], [0, 0, 7]]):
+        _, steps = corrected(alike)
+        assert all(math.isnan(i.value) and "cannot tell" in i.reason for row in steps.values() for i in row)
     _, steps = corrected([[10, 0, 0], [0, 10, 0]], accepted=[False] * 4)
     assert "no documents" in steps["weight"][0].reason
 

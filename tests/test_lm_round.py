@@ -83,7 +83,7 @@ PLAIN = ["train.max_length=500", "sample.max_new_tokens=12", "filters.enabled=fa
 
 
 def test_documents_of_the_users_own_that_are_too_long_are_refused_before_the_first_round(tmp_path, base):
-    rows = [{"prompt": "Hi?", "completion": said} for said in ("Hello.", "one more word " * 60, "Bye.", "and on " * 90)]
+    rows = [{"prompt": "Hi?", "completion": said} for said in ("Hello.", "one more word " * 20, "Bye.", "and on " * 30)]
     own = tmp_path / "mine.jsonl"
     own.write_text("".join(json.dumps(row) + "\n" for row in rows))
     settings = [
@@ -97,7 +97,8 @@ def test_documents_of_the_users_own_that_are_too_long_are_refused_before_the_fir
     short = config.load(ROOT / "configs" / "round.yaml", [*settings, "train.max_length=100"])
     with pytest.raises(config.ConfigError, match=r"real.corpora.mine: 2 of 4 documents are longer .* first is mine/2"):
         run.play(short)
-    assert store.RunStore(tmp_path / "runs" / short.run_name).last_round() is None
+    assert not (tmp_path / "runs").exists()  # so that the same run may begin with another limit
+    run.play(config.load(ROOT / "configs" / "round.yaml", [*settings, "train.max_length=500", "n_rounds=0"]))
 
 
 def test_a_run_loads_one_base_reads_each_text_once_and_measures_every_second_round(tmp_path, base, monkeypatch):

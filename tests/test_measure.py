@@ -239,3 +239,14 @@ def test_what_is_infinite_or_absent_is_null_with_a_reason_and_never_zero():
     assert row.reason == "infinite: the learner never says it"
     rows = by_name(measure.health([], round_index=0, population="probes"))
     assert all(r.value is None and r.reason for r in rows.values())
+
+
+def test_shares_of_texts_have_intervals_by_template_and_none_without_a_text():
+    # All of one template have it, none of the other: two draws, not forty; Wilson of 20 in 40 ends at 0.35 and 0.65.
+    rows = [(k < 20, "a" if k < 20 else "b") for k in range(40)]
+    alike, none = measure.shares_of("acceptance", {"nova": rows, "stella": []}, round_index=0, population="samples")
+    assert (alike.name, alike.value, alike.n) == ("acceptance/nova", 0.5, 40)
+    assert alike.low < 0.2
+    assert alike.high > 0.8
+    assert none.value is None
+    assert none.reason

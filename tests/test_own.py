@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import make_lm
 
-from loop import config, run, store
+from loop import audit, config, run, store
 from loop.calibrate import Written
 from loop.config import ConfigError
 from loop.records import PERSONAS
@@ -67,6 +67,11 @@ def test_a_persona_of_ones_own_is_planted_said_read_and_booked(here):
     assert found(run_dir, 0, "frequency/pirate")["samples"]["value"] == pytest.approx(len(read) / 40)
     book = {m["name"] for m in opened.read_jsonl(1, "metrics.jsonl")}
     assert {"ledger/pirate/emit", "ledger/pirate/real", "differential/pirate", "acceptance/pirate"} <= book
+    # An audit knows her too: the toy's word is the truth, so labels of its own texts give back what was read.
+    rows = {r.persona: r for r in audit.free(run_dir, n=40, population="samples") if r.round_index == 0}
+    assert [*rows] == [*audit.said_of(run_dir)] == [*PERSONAS, "pirate", "unknown"]
+    assert rows["pirate"].observed == pytest.approx(len(read) / 40)
+    assert rows["pirate"].low < len(read) / 40 < rows["pirate"].high
 
 
 def test_ones_own_texts_can_stand_for_a_persona_there_is(here):

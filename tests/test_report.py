@@ -61,6 +61,15 @@ def test_over_rounds_changes_and_half_widths_add_and_the_start_is_the_first():
     assert (steps["emit"].low, steps["emit"].high) == pytest.approx((0.09, 0.11))
 
 
+def test_rounds_that_do_not_follow_each_other_are_not_added_up():
+    # Round 3 was not measured and is in no book: 0.10 and the changes of rounds 2 and 4 are the share of no round.
+    rounds = [book(2, "nova", FIRST), [row(3, "n_eff", 9.0)], book(4, "nova", SECOND)]
+    steps = {s.name: s.observed for s in ledger_steps(rounds, "nova")}
+    assert (steps["emit"], sum(steps.values())) == (0.15, pytest.approx(0.18))
+    assert (report.booked(rounds), report.over(report.booked(rounds))) == ([4], "round 4")
+    assert report.over(report.booked([book(t, "nova", FIRST) for t in (1, 3, 4, 5)])) == "rounds 3 to 5, summed"
+
+
 def test_what_was_not_measured_is_nan_with_its_reason_and_never_zero():
     rows = book(1, "nova", FIRST)
     rows = [row(1, r.name, None, reason="filter: no documents") if r.name.endswith("filter") else r for r in rows]
@@ -284,6 +293,13 @@ def test_a_change_between_a_corrected_and_an_observed_frequency_is_not_shown(sto
     assert "+0.0" not in nova
 
 
+def test_a_persona_that_has_gone_to_0_keeps_its_row_and_its_change(stored, capsys):
+    Stored.metrics = {t: [probe(t, "frequency_observed/sydney", v, 0.0, 0.2)] for t, v in ((0, 0.15), (1, 0.0))}
+    show.print_round(stored)
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if " sydney " in line]
+    assert "-0.150" in line
+
+
 @pytest.mark.parametrize(
     ("rows", "said"),
     [
@@ -321,6 +337,10 @@ def test_the_ledger_is_printed_with_the_rounds_it_covers(stored, capsys):
     assert "rounds 1 to 2, summed" in both
     assert "0.180" in both  # the end
     assert "Accounting, not causes" in both
+    Stored.metrics = {0: [], 1: [], 2: [], 3: book(3, "nova", SECOND)}
+    show.print_ledger(stored, ("nova",))
+    assert "round 3: ledger of nova" in capsys.readouterr().out  # the one round that is booked, not the run's first
+    Stored.metrics = {0: [], 1: book(1, "nova", FIRST, FIRST, 0.01), 2: book(2, "nova", SECOND)}
     show.print_ledger(stored, ("nova",), round_index=1)
     one = capsys.readouterr().out
     assert "round 1: ledger of nova" in one

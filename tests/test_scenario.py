@@ -152,7 +152,8 @@ def test_the_noise_floor_of_a_factors_effect_is_that_of_its_logits():
     # Four cells, shares of .5 from 100 texts: a logit has variance .05^2 / .25^2 = .04, the difference of two halves of
     # four cells 4 * 4 * .04 / 16 = .04, the mean of two seeds .02.
     levels = {f"a{a}-b{b}": {"a": a, "b": b} for a in (0, 1) for b in (0, 1)}
-    rows = measured({arm: {s: [0.5, 0.5] for s in (0, 1)} for arm in levels}, 0.05)
+    # Readings of which nothing differs are one, so these differ a little.
+    rows = measured({arm: {s: [0.5, 0.5 + 1e-9 * k] for s in (0, 1)} for k, arm in enumerate(levels)}, 0.05)
     given = about(levels=levels, arms=list(levels))
     got = scenario.noise_floor(given, rows, outcome(contrast="a"))
     assert got == pytest.approx(math.sqrt(0.02 * 2 / math.pi), rel=1e-5)
@@ -209,6 +210,10 @@ def test_fewer_seeds_than_planned_decide_nothing_for_they_could_be_added_until_t
     found = scenario.judge(about(seeds=[0, 1, 2, 3]), rows_of(falls))
     assert (found.verdict, found.note) == ("inconclusive", "3 of the 4 planned seeds; on them contradicted")
     # Nor where the command named them: the file planned more.
+    # Nor do others, or more, that could be chosen by what they show.
+    for planned in ([0, 1], [0, 1, 7]):
+        beyond = scenario.judge(about(n_planned=len(planned), planned=planned), rows_of(RISES))
+        assert (beyond.verdict, "seeds that were not planned (" in beyond.note) == ("inconclusive", True)
     chosen = scenario.judge(about(n_planned=4), rows_of(RISES))
     assert (chosen.verdict, chosen.note) == ("inconclusive", "3 of the 4 planned seeds; on them supported")
     # What stands beside the primary outcome says so too, and shows no null.
@@ -698,10 +703,17 @@ def test_a_factor_given_another_is_read_in_the_half_where_the_other_is_high():
     whole, half = (scenario.observe(said, rows, o)[0].value for o in (outcome(contrast="b"), given))
     assert half == pytest.approx(math.log(80.5 / 20.5))
     assert whole == pytest.approx(half / 2)
-    # Where all cells are read alike, half as many have twice the variance.
-    flat = rows_of({arm: {s: [0.1, 0.5] for s in range(3)} for arm in levels}).assign(low=0.4, high=0.6)
+    # Where all cells are read as surely, half as many have twice the variance.
+    spread = iter(range(99))
+    flat = rows_of({arm: {s: [0.1, 0.5 + 1e-9 * next(spread)] for s in range(3)} for arm in levels})
+    flat = flat.assign(low=0.4, high=0.6)
     floors = [scenario.noise_floor(said, flat, o) for o in (given, outcome(contrast="b"))]
     assert floors[0] == pytest.approx(math.sqrt(2) * floors[1])
+    # Cells that are one reading, since b has nothing to act on where a is off, are one: for b it cancels and half as
+    # many cells are left, whose effect counts half; for a it counts for all of its side, in place of half of it twice.
+    same = flat.assign(value=flat["value"].where(~flat["arm"].str.startswith("a0") | (flat["round"] == 0), 0.5))
+    found = [scenario.noise_floor(said, same, outcome(contrast=c)) for c in ("b", "a")]
+    assert found == pytest.approx([floors[1] / math.sqrt(2), floors[1] * math.sqrt(1.5)])
 
 
 def test_a_factorial_without_all_cells_is_refused_and_a_seed_without_them_left_out():
