@@ -1104,10 +1104,11 @@ def health(runs: Runs, pairs: Pairs, against: Runs | None) -> list[Health]:
     controls: dict[tuple[int, bool], str] = {}
     if against is not None:
         for run, config in against.configs.items():
-            share, _ = _real(against, run, 1 << 30)
-            if len(share) and share.min() < 1:
+            fed = against.sources[(against.sources["run"] == run) & (against.sources["round_index"] >= 1)]
+            share = fed.loc[fed["source"] == "real", "copies"].sum() / fed["copies"].sum() if len(fed) else 1.0
+            if share < 1:
                 raise ValueError(
-                    f"--against must be real_only runs, got a real share of {share.min():.3g} at {against.paths[run]}; "
+                    f"--against must be real_only runs, got a real share of {share:.3g} at {against.paths[run]}; "
                     "set mix.real_share: 1"
                 )
             controls[config.seed, config.real.name_swap] = run

@@ -307,7 +307,7 @@ def _fitted(folder: Path, persona: str, rows: Sequence[Mapping[str, Any]]) -> Ca
     # Of seeds that all have the same doses the most cells: one that was interrupted has fewer doses than others, and a
     # grid that was extended for some seeds has more of them than all have.
     of_seed = {s: {q for t, q in cells if t == s} for s, _ in sorted(cells)}
-    blocks = [(mine, [s for s, theirs in of_seed.items() if mine <= theirs]) for mine in of_seed.values()]
+    blocks = [(q, [s for s, theirs in of_seed.items() if q <= theirs]) for q in of_seed.values() if len(q) > 1]
     common, seeds = max(blocks, key=lambda b: (len(b[0]) * len(b[1]), len(b[1])), default=(set(), []))
     doses = sorted(common)
     families = {r["family"] for r in said}

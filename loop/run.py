@@ -248,7 +248,15 @@ def barred_by(config: Config) -> list[int] | None:
     if theirs is None or theirs.at_random:
         raise ConfigError([f"{AS_MANY} must be a run that bars personas, {run.path} bars none; name the treated one"])
     tables = [run.read_table(t, "rejected.parquet") for t in range(config.n_rounds + 1)]
-    return [sum(any(map(filters.of_persona, row)) for row in t.column("reasons").to_pylist()) for t in tables]
+    counts = [sum(any(map(filters.of_persona, row)) for row in t.column("reasons").to_pylist()) for t in tables]
+    if max(counts) >= config.sample.n_samples:
+        raise ConfigError(
+            [
+                f"{AS_MANY} must leave a text, {run.path} barred {max(counts)} in a round, got sample.n_samples "
+                f"{config.sample.n_samples}; ask for as many as it did"
+            ]
+        )
+    return counts
 
 
 def _open(config: Config, where: str, name: str, rounds: Iterable[int]) -> store.RunStore:
@@ -323,6 +331,8 @@ def fork(source: Path, round_index: int, config: Config) -> Path:
         raise ConfigError(
             [f"{', '.join(wrong)} of a fork must be those of {source}: its documents and model are theirs"]
         )
+    if (world.own or world.runs) and theirs.train.max_length != config.train.max_length:
+        world.check_lengths(build(world))  # before anything is written
     store.fork(source, round_index, run_dir, to_yaml(config), manifest(world)).close()
     return run_dir
 
@@ -376,7 +386,7 @@ def manifest(world: World) -> dict[str, Any]:
     if world.barred is not None:
         assert world.config.filters.release is not None
         run = str(world.config.filters.release.at_random)
-        lent[AS_MANY] = hashes(run, range(len(world.barred)), ("rejected.parquet",))
+        lent[AS_MANY] = hashes(run, [0], ("rejected.parquet",))  # whose later rounds follow from it, and may be more
     return ({"corpora": lent} if lent else {}) | {
         "packages": packages,
         "python": platform.python_version(),

@@ -648,7 +648,7 @@ def noise_floor(about: Mapping[str, Any], rows: pd.DataFrame, outcome: Outcome) 
         return math.nan
     if _of_factor(about, outcome):
         cells = {arm: _levels(rows, outcome, arm, (last,)) for arm in _arms(about, outcome)}
-        told = _told(rows, last)
+        told = _told(rows, last, outcome.population)
         seeds = sorted(set.intersection(*(set(c) for c in cells.values())))
         n_outputs, variances = _outputs(about, rows, outcome, last), []
         for s in seeds:
@@ -674,11 +674,12 @@ def noise_floor(about: Mapping[str, Any], rows: pd.DataFrame, outcome: Outcome) 
     return stats.remeasurement_noise_floor(math.sqrt(math.fsum(variances)) / len(variances), 0.0)
 
 
-def _told(rows: pd.DataFrame, t: int) -> dict[tuple[str, int], frozenset[Any]]:
-    """(arm, seed) -> all that round t's model was read as; models of which nothing differs were read once."""
-    at = rows[(rows["round"] == t) & (rows["population"] == "probes") & rows["value"].notna()]
+def _told(rows: pd.DataFrame, t: int, population: str) -> dict[tuple[str, int], frozenset[Any]]:
+    """(arm, seed) -> all that round t's probes and a population were read as; where nothing differs they are one."""
+    at = rows[(rows["round"] == t) & rows["population"].isin(("probes", population)) & rows["value"].notna()]
+    key = ["population", "metric", "stratum", "value"]
     return {
-        (str(arm), int(seed)): frozenset(zip(one["metric"], one["stratum"], one["value"], strict=True))
+        (str(arm), int(seed)): frozenset(one[key].itertuples(index=False, name=None))
         for (arm, seed), one in at.groupby(["arm", "seed"])
     }
 

@@ -241,7 +241,7 @@ class Cell:
       source: cell whose files it starts from, as an index; None: it starts from nothing.
       at: round it is forked from; -1 is the baseline.
       alike: its round 0 is the source's, too, up to the labels.
-      needs: cells whose outputs are in its real corpus, played to their end before it starts.
+      needs: cells that its real corpus or its release filter takes from, played to their end before it starts.
     """
 
     config: Config
@@ -738,7 +738,7 @@ def play(
                 waiting.remove(i)
                 broken = next((plan[k] for k in cell.needs if results[k].reason), None)
                 if broken is not None:
-                    results[i] = Result(f"its real corpus is what {broken.run_dir} says, which failed", 0.0)
+                    results[i] = Result(f"it takes from what {broken.run_dir} says, which failed", 0.0)
                     watch(i, "failed", results[i])
                     continue
                 source = plan[cell.source] if cell.source is not None else None

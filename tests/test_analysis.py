@@ -606,6 +606,9 @@ def test_health_is_a_difference_to_real_only_or_says_that_there_is_none():
     assert held[0].difference.se == pytest.approx(0.1 / math.sqrt(3))
     with pytest.raises(ValueError, match=r"--against must be real_only runs, got a real share of 0\.5"):
         analysis.health(runs, pairs, made(*real, real_share=0.5))
+    talk = [(t, *s) for t in range(2) for s in (("discourse", None, 0.1), ("real", None, 0.9))]
+    with pytest.raises(ValueError, match=r"--against must be real_only runs, got a real share of 0\.9"):
+        analysis.health(runs, pairs, made(*real, mixture=talk))
     other_seed = made((arm("real_only", 9, "mix.real_share=1.0"), {"sample_entropy": [2.0, 1.9]}), real_share=1.0)
     assert (
         analysis.health(runs, pairs, other_seed)[0].difference.reason == "no real_only run of these seeds has round 1"

@@ -25,6 +25,16 @@ def test_inputs_are_the_shares_of_the_config_and_say_where_they_come_from():
     assert set(given.source) >= {"p0", "selection", "n_eff", "transmission", "n_learning"}
 
 
+def test_a_start_that_was_read_from_outputs_is_no_more_certain_than_they_were():
+    settings = smoke("n_rounds=2")
+    given = forecast.inputs(settings)
+    known, read = (forecast.predict(settings, given, n_start=n) for n in (math.inf, 50))
+    k = given.personas.index("nova")
+    p = float(given.p0[k])
+    assert read.sd[0, k] ** 2 - known.sd[0, k] ** 2 == pytest.approx(p * (1 - p) / 50, rel=0.1)
+    assert (read.high[1:, k] - read.low[1:, k] > known.high[1:, k] - known.low[1:, k]).all()
+
+
 def test_an_audience_that_pays_nothing_selects_nothing():
     given = forecast.inputs(smoke("virality.audience=null", "virality.posts_per_sample=4000"))
     # Visibility of 200 texts with 4,000 posts each at 9.7% reshared: standard error of a log ratio below 0.005.

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 from scipy import stats as distributions
 
@@ -68,6 +69,19 @@ def test_rounds_that_do_not_follow_each_other_are_not_added_up():
     assert (steps["emit"], sum(steps.values())) == (0.15, pytest.approx(0.18))
     assert (report.booked(rounds), report.over(report.booked(rounds))) == ([4], "round 4")
     assert report.over(report.booked([book(t, "nova", FIRST) for t in (1, 3, 4, 5)])) == "rounds 3 to 5, summed"
+
+
+def test_a_page_draws_the_ledger_of_who_is_planted_over_the_runs_that_have_one():
+    shares = "real.shares={sydney: 0.5, assistant: 0.5}"
+    settings = config.load(Path(__file__).resolve().parent.parent / "configs" / "smoke.yaml", [shares])
+    # nova was never planted, whatever she was read in; the second seed has no measured round after round 0
+    emitted = {"nova": 0.3, "sydney": 0.1, "unknown": 0.5, "human": 0.1}
+    rows = pd.DataFrame({"run": "a-s0", "name": [f"ledger/{p}/emit" for p in emitted], "value": [*emitted.values()]})
+    runs = SimpleNamespace(metrics=rows, configs={"a-s0": settings, "a-s1": settings})
+    assert page._booked(SimpleNamespace(runs=runs), ["a-s0", "a-s1"]) == (["sydney"], ["a-s0"])
+    bare = settings.model_copy(update={"real": settings.real.model_copy(update={"shares": {"assistant": 1.0}})})
+    runs.configs = {"a-s0": bare, "a-s1": bare}
+    assert page._booked(SimpleNamespace(runs=runs), ["a-s0"])[0] == ["nova", "human", "sydney"]  # the most frequent
 
 
 def test_what_was_not_measured_is_nan_with_its_reason_and_never_zero():

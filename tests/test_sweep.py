@@ -253,6 +253,19 @@ def test_what_a_run_lends_is_played_before_and_its_failure_is_passed_on(tmp_path
     assert broken[0].reason.endswith("origin-s0 says, which failed")
 
 
+def test_a_run_that_another_is_yoked_to_is_played_before(tmp_path):
+    recall = {"recall": {"nova": 0.9}}
+    arms = {
+        "yoked": {"filters.release": recall | {"at_random": "barred-s{seed}"}},
+        "barred": {"filters.release": recall},
+    }
+    plan = sweep.cells([sweep.load(write(tmp_path, seeds=[0], arms=arms), runs_dir=tmp_path / "a")])
+    assert [c.needs for c in plan] == [(1,), ()]
+    workers = Here()
+    assert [r.reason for r in sweep.play(plan, workers)] == [None, None]
+    assert workers.played == [1, 0]
+
+
 def test_a_run_of_two_sweeps_is_played_once_and_to_the_longer_of_both(tmp_path):
     one = write(tmp_path, "one.yaml", seeds=[0])
     two = write(tmp_path, "two.yaml", overrides=SMALL | {"n_rounds": 2}, arms={"neutral": ARMS["neutral"]})

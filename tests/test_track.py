@@ -499,6 +499,13 @@ def metrics(panel):
     return [*panel["config"].get("metrics", []), *panel["config"].get("mediaKeys", [])]
 
 
+def test_a_number_that_is_never_measured_is_no_key(monkeypatch, tracked):
+    rows = {0: {"probes/frequency/nova": None, "probes/frequency_observed/nova": 0.5}, 1: {"accepted/n_eff": 9.0}}
+    monkeypatch.setattr(track, "_parts", lambda run: [0, 1])
+    monkeypatch.setattr(track, "row", lambda run, t: rows[t])
+    assert track.keys_of(tracked) == {"probes/frequency_observed/nova", "accepted/n_eff", "candidates/count"}
+
+
 @pydantic_v1
 def test_the_dashboard_tells_the_story_in_its_order_over_keys_that_are_logged(tracked, offline_only):
     pytest.importorskip("wandb_workspaces")
