@@ -315,12 +315,9 @@ def ledger_steps(rounds: Sequence[Sequence[Metric]], persona: str) -> list[Step]
       ValueError: no round has a ledger of this persona.
     """
     wanted = booked(rounds)
-    kept = [
-        {r.name: r for r in rows if r.population == "samples" and r.name.startswith("ledger")}
-        for rows in rounds
-        if any(r.name.startswith("ledger/") and r.round_index in wanted for r in rows)
-    ]
-    known = sorted({name.split("/")[1] for rows in kept for name in rows})
+    ledgers = [[r for r in rows if r.population == "samples" and r.name.startswith("ledger")] for rows in rounds]
+    kept = [{r.name: r for r in rows} for rows in ledgers if any(r.round_index in wanted for r in rows)]
+    known = sorted({r.name.split("/")[1] for rows in ledgers for r in rows})
     if persona not in known:
         listed = ", ".join(known) or "none: no round after round 0 was measured"
         raise ValueError(f"persona must have a ledger, got {persona!r}; those that have: {listed}")

@@ -71,6 +71,11 @@ def test_rounds_that_do_not_follow_each_other_are_not_added_up():
     assert report.over(report.booked([book(t, "nova", FIRST) for t in (1, 3, 4, 5)])) == "rounds 3 to 5, summed"
 
 
+def test_a_persona_that_is_in_an_earlier_ledger_alone_stood_at_0_in_the_last():
+    rounds = [[*book(2, "nova", FIRST), *book(2, "stella", FIRST)], [], book(4, "nova", SECOND)]
+    assert {s.observed for s in ledger_steps(rounds, "stella")} == {0.0}
+
+
 def test_a_page_draws_the_ledger_of_who_is_planted_over_the_runs_that_have_one():
     shares = "real.shares={sydney: 0.5, assistant: 0.5}"
     settings = config.load(Path(__file__).resolve().parent.parent / "configs" / "smoke.yaml", [shares])
