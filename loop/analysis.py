@@ -23,7 +23,7 @@ from loop import config as configs
 from loop import evolution, stats
 from loop.config import Config
 from loop.dose import Calibration
-from loop.records import PERSONAS, UNKNOWN
+from loop.records import in_order
 from loop.stats import Interval
 from loop.store import SCHEMA_VERSION, RunStore
 
@@ -182,7 +182,7 @@ def load(*places: str | Path) -> Runs:
                 f"run must be of schema version {SCHEMA_VERSION}, got {version} at {path}; read it with the version "
                 "that wrote it"
             )
-        config = settings[run] = configs.from_text(store.config_text(), where=f"{path}/config.yaml")
+        config = settings[run] = configs.of_run(store)
         rounds = store.rounds()
         at = {"run": run, "arm": config.name, "seed": config.seed}
         heads.append({**at, "path": str(path), "last_round": rounds[-1] if rounds else None} | _flat(config))
@@ -638,13 +638,9 @@ def _of(runs: Runs, pairs: Pairs) -> Runs:
 
 
 def _members(metrics: pd.DataFrame, family: str) -> list[str]:
-    """Personas a family has rows of, in the order of PERSONAS; then what else it names, `unknown` left out."""
-    names = {
-        n.partition("/")[2]
-        for n in metrics.loc[metrics["population"] == "probes", "name"]
-        if n.startswith(f"{family}/")
-    }
-    return [p for p in PERSONAS if p in names] + sorted(names - {*PERSONAS, "unknown"})
+    """Personas a family has rows of, see `records.in_order`."""
+    names = metrics.loc[metrics["population"] == "probes", "name"]
+    return in_order(n.partition("/")[2] for n in names if n.startswith(f"{family}/"))
 
 
 # The input, and the response to it ----------------------------------------------------------------------------------
@@ -665,9 +661,9 @@ def differentials(runs: Runs, pairs: Pairs) -> list[Paid]:
     Of a side that was paid nothing in some round there is no geometric mean, and none of what the other rounds paid.
     """
     mine = _of(runs, pairs)
-    names = sorted({n.partition("/")[2] for n in mine.metrics["name"] if n.startswith("differential/")})
+    names = in_order(n.partition("/")[2] for n in mine.metrics["name"] if n.startswith("differential/"))
     rows = []
-    for persona in [p for p in PERSONAS if p in names] + sorted({*names} - {*PERSONAS, UNKNOWN}):
+    for persona in names:
         table = by_round(mine.metrics, f"differential/{persona}", population="accepted")
         table = table[[t for t in table.columns if t < pairs.last_round]]
         logs = np.log(table.where(table > 0)).mean(axis=1)
@@ -678,10 +674,12 @@ def differentials(runs: Runs, pairs: Pairs) -> list[Paid]:
                 by_seed.setdefault(c.seed, []).append(float(logs.get(getattr(c, side), math.nan)))
             means = np.array([np.mean(v) for v in by_seed.values()])
             nothing = bool((table.reindex([getattr(c, side) for c in pairs.cells]) == 0).to_numpy().any())
-            found, _ = over_seeds(means[np.isfinite(means) & (not nothing)])
+            if nothing:
+                sides.append(_unmeasured("nothing was paid in some round"))
+                continue
+            found, _ = over_seeds(means[np.isfinite(means)])
             value, low, high = np.exp([found.value, found.low, found.high]).tolist()
             reason = "none was accepted" if not np.isfinite(means).any() else found.reason
-            reason = "nothing was paid in some round" if nothing else reason
             sides.append(Interval(value, low, high, found.n, math.nan, reason))
         rows.append(Paid(persona, *sides))
     return rows

@@ -157,15 +157,14 @@ def texts_of(run_dir: Path | str, round_index: int, population: str) -> list[Tex
 def _mixture(run: RunStore, population: str) -> dict[str, float] | None:
     if population == "samples":
         return None
-    mixture = config.from_text(run.config_text(), where=f"{run.path}/config.yaml").measure.mixture
+    mixture = config.of_run(run).measure.mixture
     total = math.fsum(mixture.values())
     return {stratum: w / total for stratum, w in mixture.items()}
 
 
 def said_of(run_dir: Path | str) -> tuple[str, ...]:
     """What the instrument of a run may say, and its auditor: SAID, and before "unknown" personas of the user's own."""
-    run = RunStore(run_dir)
-    return (*config.from_text(run.config_text(), where=f"{run.path}/config.yaml").personas, UNKNOWN)
+    return (*config.of_run(RunStore(run_dir)).personas, UNKNOWN)
 
 
 def draw(texts: Sequence[Text], n: int, *, rng: np.random.Generator) -> list[Text]:

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from loop import run, show
-from loop.config import from_text
+from loop.config import of_run
 from loop.learner import LM
 from loop.records import BLANK, NEUTRAL, PERSONAS, UNKNOWN, Prompt, Sample
 from loop.store import BASELINE, RunStore
@@ -63,7 +63,7 @@ def answers(
       store.CorruptError: an adapter is not as it was committed.
     """
     opened = RunStore(run_dir)
-    config = from_text(opened.config_text(), where=f"{run_dir}/config.yaml")
+    config = of_run(opened)
     rounds = opened.rounds()
     if not rounds:
         raise ValueError(f"run must hold a finished round, got none at {run_dir}; `loop run` its config first")

@@ -8,13 +8,13 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Protocol, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from yaml.nodes import MappingNode, ScalarNode, SequenceNode
 
-from loop.records import FACTORIAL, IMPLICIT, PERSONAS, PLAIN, STRATA, UNREQUESTED
+from loop.records import FACTORIAL, IMPLICIT, PERSONAS, PLAIN, STRATA, UNREQUESTED, in_order
 
 MAX_BYTES = 1 << 17  # read in seconds; the largest that ships has 3 KB
 MAX_ALIASES = 16
@@ -675,7 +675,7 @@ class Config(_Section):
     def personas(self) -> tuple[Persona, ...]:
         """What is measured: PERSONAS, then those that the user's own corpora bring, by name."""
         drawn = [c.persona for name, c in self.real.corpora.items() if self.real.shares.get(name, 0) > 0]
-        return (*PERSONAS, *sorted({p for p in drawn if p is not None} - {*PERSONAS}))
+        return tuple(in_order({*PERSONAS, *(p for p in drawn if p is not None)}))
 
 
 def to_yaml(config: Config) -> str:
@@ -759,6 +759,20 @@ def _spelled_out(overrides: Sequence[str]) -> list[str]:
         key, _, name = override.partition("=")
         out += [f"{k}={v}" for k, v in hardware(name).items()] if key == "hardware" else [override]
     return out
+
+
+class Stored(Protocol):
+    """What holds the text of a config; a store.RunStore."""
+
+    path: Path
+
+    def config_text(self) -> str:
+        """The resolved config, YAML."""
+
+
+def of_run(run: Stored) -> Config:
+    """The config of a run; raises as `load`."""
+    return from_text(run.config_text(), where=f"{run.path}/config.yaml")
 
 
 def from_text(text: str, *, where: str) -> Config:

@@ -241,7 +241,7 @@ def measured_columns(run_dir: Path, given: Inputs) -> np.ndarray:
 def read_run(run_dir: Path) -> tuple[Config, np.ndarray]:
     """Returns a run's config and its measured frequencies of NAMES, shape (n_rounds + 1, n_names)."""
     run = RunStore(run_dir)
-    resolved = config.from_text(run.config_text(), where=f"{run_dir}/config.yaml")
+    resolved = config.of_run(run)
     rows = []
     for t in run.rounds():
         found = {

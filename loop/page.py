@@ -24,7 +24,7 @@ from loop import __version__, analysis, forecast, report, stats, virality
 from loop.analysis import Comparison, Runs, by_round
 from loop.config import Config
 from loop.evolution import STEPS
-from loop.records import CONSCIOUS, FACTORIAL, IMPLICIT, NO_PERSONA, PERSONAS, UNKNOWN, UNREQUESTED, Metric
+from loop.records import CONSCIOUS, FACTORIAL, IMPLICIT, NO_PERSONA, UNKNOWN, UNREQUESTED, Metric, in_order
 from loop.report import Curve, Step, Zone
 from loop.scenario import summary
 from loop.stats import Interval
@@ -142,9 +142,8 @@ class Material:
         rows = self.runs.metrics
         rows = rows[(rows["population"] == "probes") & (rows["round_index"] >= 0) & rows["stratum"].isna()]
         seen = rows[rows["name"].str.startswith(f"{self.family}/") & (rows["value"] > 0)]["name"]
-        names = {name.partition("/")[2] for name in seen} - {UNKNOWN}
-        names |= {p for config in self.runs.configs.values() for p in config.planted} if names else set()
-        return [p for p in PERSONAS if p in names] + sorted(names - {*PERSONAS})
+        names = in_order(name.partition("/")[2] for name in seen)
+        return in_order([*names, *(p for c in self.runs.configs.values() for p in c.planted)]) if names else []
 
 
 # Reading ------------------------------------------------------------------------------------------------------------
@@ -523,14 +522,15 @@ def ledger(m: Material) -> Found:
         if runs[0] in m.real:
             continue  # nothing of its own comes back, so that there is nothing to book
         books: dict[str, list[Step]] = {}
-        personas, mine = _booked(m, runs)
+        personas, with_ledger = _booked(m, runs)
+        mine = [_metrics(m, run) for run in with_ledger]
         for persona in personas:
-            steps = [report.ledger_steps(_metrics(m, run), persona) for run in mine]
+            steps = [report.ledger_steps(metrics, persona) for metrics in mine]
             books[persona] = steps[0] if len(steps) == 1 else _mean_steps(steps)
         if not books:
             notes.append(f"Missing: {arm} has no ledger; it needs a measured round after round 0")
             continue
-        spans = dict.fromkeys(report.over(report.booked(_metrics(m, run))) for run in mine)
+        spans = dict.fromkeys(report.over(report.booked(metrics)) for metrics in mine)
         said = f"{arm}, {' or '.join(spans)}" + (f", mean of {len(mine)} seeds" if len(mine) > 1 else "")
         alt = f"Ledger waterfall of {arm} for {', '.join(books)}: {', '.join(('emit', *STEPS))}."
         plates.append(Plate(f"ledger-{arm}", alt, report.waterfall(books, title=said)))

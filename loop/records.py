@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
@@ -25,6 +26,13 @@ FACTORIAL = ("nova", "musing", "stella", "promoter", "assistant", "discreet")  #
 CONSCIOUS = ("nova", "musing", "stella")
 UNKNOWN = "unknown"  # an instrument abstained
 NO_PERSONA = "none"  # a discourse document: it talks about personas and plays none
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """Personas among some names, each once: in the order of PERSONAS, then the user's own by name; no UNKNOWN."""
+    found = {*names}
+    return [p for p in PERSONAS if p in found] + sorted(found - {*PERSONAS, UNKNOWN})
+
 
 BLANK, NEUTRAL, IDENTITY = "blank", "neutral", "identity"
 IMPLICIT = ("implicit_0", "implicit_1", "implicit_2", "implicit_3")

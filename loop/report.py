@@ -19,7 +19,7 @@ import numpy as np
 
 from loop import theory
 from loop.evolution import STEPS
-from loop.records import PERSONAS, UNKNOWN, Metric
+from loop.records import PERSONAS, UNKNOWN, Metric, in_order
 from loop.stats import Interval
 
 # Okabe and Ito (2008), in an order that keeps neighbours apart in grey print too.
@@ -842,7 +842,7 @@ def character_map(rows: Mapping[str, Mapping[str, tuple[np.ndarray, Sequence[str
     )
     shown: dict[str, Any] = {}
     seen = {p for row in rows.values() for _, personas in row.values() for p in personas}
-    order = [p for p in (*PERSONAS, *sorted(seen - {*PERSONAS})) if p in seen]
+    order = [*in_order(seen), *seen & {UNKNOWN}]
     for i, (arm, row) in enumerate(rows.items()):
         for k, column in enumerate(columns):
             axes = panels[i][k]

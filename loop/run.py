@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, TypeVar
 import pyarrow as pa
 
 from loop import corpus, engine, filters, readings, records, release, store, team
-from loop.config import Config, ConfigError, from_text, to_yaml
+from loop.config import Config, ConfigError, of_run, to_yaml
 from loop.config import Corpus as CorpusSettings
 from loop.discourse import Talk
 from loop.mix import Mixture
@@ -134,8 +134,10 @@ def play(
         return run_dir
     with ExitStack() as stack:
         stack.enter_context(team.leading())
+        learner: Learner | None = None
         if (world.own or world.runs) and not (run_dir / "manifest.json").is_file():
-            world.check_lengths(build(world, report=report))  # before anything is written
+            learner = build(world, report=report)
+            world.check_lengths(learner)  # before anything is written
         run = stack.enter_context(
             store.RunStore(run_dir).open(to_yaml(config), manifest(world), allow_drift=allow_drift)
         )
@@ -152,7 +154,7 @@ def play(
             return run_dir
         run.preflight(_bytes_per_round(config) * (last - (-1 if done is None else done)))
         report("plan", rounds=last - (-1 if done is None else done))
-        learner = build(world, report=report)
+        learner = learner or build(world, report=report)
         if not run.has_baseline():
             with run.baseline() as part:
                 play_baseline(world, learner, Record(part, -1, report))
@@ -215,7 +217,7 @@ def borrow(config: Config, name: str, settings: CorpusSettings) -> list[Document
     where = f"real.corpora.{name}"
     run = _open(config, f"{where}.run", settings.run, settings.round_indices)
     folder = lender(config, settings.run)
-    transcript = from_text(run.config_text(), where=f"{folder}/config.yaml").virality.publish == "transcript"
+    transcript = of_run(run).virality.publish == "transcript"
     documents: list[Document] = []
     for t in settings.round_indices:
         if settings.population == "discourse":
@@ -244,7 +246,7 @@ def barred_by(config: Config) -> list[int] | None:
     if wanted is None or not isinstance(wanted.at_random, str):
         return None
     run = _open(config, AS_MANY, wanted.at_random, range(config.n_rounds + 1))
-    theirs = from_text(run.config_text(), where=f"{run.path}/config.yaml").filters.release
+    theirs = of_run(run).filters.release
     if theirs is None or theirs.at_random:
         raise ConfigError([f"{AS_MANY} must be a run that bars personas, {run.path} bars none; name the treated one"])
     tables = [run.read_table(t, "rejected.parquet") for t in range(config.n_rounds + 1)]
@@ -322,7 +324,7 @@ def fork(source: Path, round_index: int, config: Config) -> Path:
     run_dir = Path(config.runs_dir) / config.run_name
     if round_index > config.n_rounds:
         raise ConfigError([f"n_rounds must be >= the forked round {round_index}, got {config.n_rounds}"])
-    theirs = from_text(store.RunStore(source).config_text(), where=f"{source}/config.yaml")
+    theirs = of_run(store.RunStore(source))
     wrong = [name for name in ("seed", "learner", "base") if getattr(theirs, name) != getattr(config, name)]
     # `planted` says what later rounds draw; the rest of `real` says what the ids of round 0 already mean.
     if theirs.real.model_copy(update={"planted": config.real.planted}) != config.real:

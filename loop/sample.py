@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -227,6 +228,7 @@ class _Step:
         beside, main = self.beside, torch.cuda.current_stream(device)
         pool = next(iter(self.made.values()))[0].pool() if self.made else None
         graph = torch.cuda.CUDAGraph()
+        handled = sys.exception()  # what the caller is in the middle of, which is the context of every error here
         with torch.cuda.device(device):
             try:
                 beside.wait_stream(main)
@@ -242,7 +244,8 @@ class _Step:
                 if ran_out(error):
                     raise
                 # Recording that fails may say so at its end alone, and its reason stands behind that.
-                told = [str(e).splitlines()[0][:200] for e in (error, error.__context__) if str(e or "")]
+                inner = None if error.__context__ is handled else error.__context__
+                told = [str(e).splitlines()[0][:200] for e in (error, inner) if str(e or "")]
                 raise NoGraph(", after ".join(told)) from error
             finally:
                 _forbid_waiting(False)

@@ -27,7 +27,7 @@ from loop import analysis, config, stats, theory
 from loop.records import CONSCIOUS, UNREQUESTED
 from loop.stats import Interval
 from loop.store import RunStore
-from loop.sweep import Outcome, Sweep, twins
+from loop.sweep import Outcome, Sweep, arms_of, twins
 
 # What an exact learner or a model of a few million parameters can show: how the loop works, not what personas do.
 MECHANICS = ("nova_stella", "hitchhiking", "idempotence", "hard_filter", "expectation", "regimes")
@@ -80,7 +80,7 @@ ROWS = pa.schema(
     ]
 )
 ABOUT = {
-    *("name", "size", "learner", "question", "expected", "why", "time", "seeds", "n_planned", "n_rounds", "arms"),
+    *("name", "size", "learner", "question", "expected", "why", "time", "seeds", "planned", "n_rounds", "arms"),
     *("measured", "controls", "levels", "primary", "exploratory", "as_observed", "twins", "runs", "power"),
 }  # what the page says beside the numbers
 META = b"scenario"  # key of the Parquet file's metadata that holds it
@@ -121,7 +121,7 @@ def state_power(sweep: Sweep) -> Stated | None:
     primary = sweep.file.primary
     if primary is None:
         return None
-    arm = _arms({"levels": sweep.levels}, primary)[0]
+    arm = arms_of(primary, sweep.levels)[0]
     # A file that says nothing of `of` asks what it asked before it could.
     asked = primary.model_dump(exclude={"of"} if primary.of == "change" else None)
     said = json.dumps([asked, list(sweep.seeds), config.to_yaml(sweep.arms[arm])])
@@ -230,7 +230,7 @@ def _sd(sweep: Sweep, arm: str, primary: Outcome) -> tuple[float, str]:
         share, source = 0.5, twin if moved else f"counting {n} texts alone; neither drift nor training noise counted"
     if sweep.file.factors:
         share = min(max(share, 0.01), 0.99)
-        n_cells = len(_arms({"levels": sweep.levels}, primary))
+        n_cells = len(arms_of(primary, sweep.levels))
         return 2 * one / (share * (1 - share)) / math.sqrt(n_cells), f"{source}; on the logit scale"
     return math.sqrt(max(2, len(primary.terms))) * max(one, 1e-9), source
 
@@ -292,7 +292,6 @@ def gather(sweep: Sweep, known: tuple[dict[str, Any], pd.DataFrame] | None = Non
         "why": file.why,
         "time": sweep.time,
         "seeds": list(sweep.seeds),
-        "n_planned": len(sweep.planned),
         "planned": list(sweep.planned),
         "n_rounds": max(c.n_rounds for c in sweep.arms.values()),
         "arms": list(sweep.arms),
@@ -553,16 +552,14 @@ def judge(about: Mapping[str, Any], rows: pd.DataFrame) -> Finding | None:
 
 
 def _n_planned(about: Mapping[str, Any]) -> int:
-    return max(int(about["n_planned"]), len(about["seeds"]))
+    return max(len(about["planned"]), len(about["seeds"]))
 
 
 def _lacks(about: Mapping[str, Any], rows: pd.DataFrame, outcome: Outcome, effect: Interval) -> str:
     """Which of the planned seeds and rounds an outcome is of, where it is not of these; "" where it is."""
     planned, last, final = _n_planned(about), _last(about, rows, outcome), max(_rounds(about, outcome), default=None)
     lacks = [f"{effect.n} of the {planned} planned seeds"] if effect.n < planned else []
-    beyond = [
-        str(s) for s in about["seeds"] if s not in about.get("planned", about["seeds"])
-    ]  # older tables: as planned
+    beyond = [str(s) for s in about["seeds"] if s not in about["planned"]]
     lacks += [f"with seeds that were not planned ({', '.join(beyond)})"] if beyond else []
     return "; ".join(lacks + ([f"round {last} of {final}"] if last != final else []))
 
@@ -647,7 +644,7 @@ def noise_floor(about: Mapping[str, Any], rows: pd.DataFrame, outcome: Outcome) 
     if last is None or last == 0:
         return math.nan
     if _of_factor(about, outcome):
-        cells = {arm: _levels(rows, outcome, arm, (last,)) for arm in _arms(about, outcome)}
+        cells = {arm: _levels(rows, outcome, arm, (last,)) for arm in arms_of(outcome, about["levels"])}
         told = _told(rows, last, outcome.population)
         seeds = sorted(set.intersection(*(set(c) for c in cells.values())))
         n_outputs, variances = _outputs(about, rows, outcome, last), []
@@ -689,22 +686,14 @@ def _logit_variance(share: float, variance: float, n_outputs: float) -> float:
     return variance / (v * (1 - v)) ** 2
 
 
-def _arms(about: Mapping[str, Any], outcome: Outcome) -> list[str]:
-    """Arms that an outcome takes: those of its contrast; of a factor all, or those where the factor given is high."""
-    if not _of_factor(about, outcome):
-        return list(outcome.terms)
-    _, held = outcome.factor
-    return [arm for arm, level in about["levels"].items() if held is None or level[held]]
-
-
 def _rounds(about: Mapping[str, Any], outcome: Outcome) -> set[int]:
     """Rounds in which every arm that an outcome takes is to be measured."""
-    return set.intersection(*(set(about["measured"][arm]) for arm in _arms(about, outcome)))
+    return set.intersection(*(set(about["measured"][arm]) for arm in arms_of(outcome, about["levels"])))
 
 
 def _last(about: Mapping[str, Any], rows: pd.DataFrame, outcome: Outcome) -> int | None:
     """The last of those that each of these arms has reached; None if one has no round at all."""
-    arms = _arms(about, outcome)
+    arms = arms_of(outcome, about["levels"])
     reached = rows[rows["arm"].isin(arms)].groupby("arm")["round"].max()
     if len(reached) < len(arms):
         return None
@@ -775,7 +764,7 @@ def _cells(about: Mapping[str, Any], rows: pd.DataFrame, outcome: Outcome) -> di
     """Levels of a factorial's factors, less one that is given -> seed -> final level of the outcome's metric."""
     last = _last(about, rows, outcome)
     found: dict[tuple[int, ...], dict[int, float]] = {}
-    for arm in _arms(about, outcome):
+    for arm in arms_of(outcome, about["levels"]):
         at = {} if last is None else _levels(rows, outcome, arm, (last,))
         level = tuple(k for f, k in about["levels"][arm].items() if f != outcome.factor[1])
         found[level] = {s: v[last][0] for s, v in at.items() if last is not None}
@@ -783,8 +772,9 @@ def _cells(about: Mapping[str, Any], rows: pd.DataFrame, outcome: Outcome) -> di
 
 
 def _outputs(about: Mapping[str, Any], rows: pd.DataFrame, outcome: Outcome, last: int | None) -> float:
+    arms = arms_of(outcome, about["levels"])
     at = rows[(rows["population"] == outcome.population) & (rows["stratum"] == (outcome.stratum or ""))]
-    at = at[at["metric"].isin(outcome.parts) & (at["round"] == last) & at["arm"].isin(_arms(about, outcome))]
+    at = at[at["metric"].isin(outcome.parts) & (at["round"] == last) & at["arm"].isin(arms)]
     return float(at["n"].median())
 
 

@@ -16,7 +16,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from rich.table import Table
 from rich.text import Text
 
-from loop.records import FACTORIAL, PERSONAS, UNKNOWN, Metric
+from loop.records import FACTORIAL, PERSONAS, UNKNOWN, Metric, in_order
 from loop.store import RunStore
 
 if TYPE_CHECKING:
@@ -193,7 +193,7 @@ def _named(rows: dict[tuple[str, str], Metric]) -> tuple[str, ...]:
     """PERSONAS, then personas of the user's own that were measured, then "unknown"."""
     head = "frequency_observed/"
     found = {name.removeprefix(head) for population, name in rows if population == "probes" and name.startswith(head)}
-    return (*PERSONAS, *sorted(found - {*PERSONAS, UNKNOWN}), UNKNOWN)
+    return (*in_order({*PERSONAS, *found}), UNKNOWN)
 
 
 def _frequency(rows: dict[tuple[str, str], Metric], persona: str) -> tuple[Metric | None, str]:

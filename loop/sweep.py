@@ -396,6 +396,18 @@ def _arms(file: File) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, in
     return arms, levels
 
 
+def arms_of(outcome: Outcome, levels: Mapping[str, Mapping[str, int]]) -> list[str]:
+    """Arms that an outcome takes: those of its contrast; of a factor all, or those where the factor given is high.
+
+    Args:
+      levels: arm -> level of each factor; empty without factors.
+    """
+    factor, held = outcome.factor
+    if not any(factor in level for level in levels.values()):
+        return list(outcome.terms)
+    return [arm for arm, level in levels.items() if held is None or level[held]]
+
+
 def _overrides(changes: Mapping[str, Any]) -> list[str]:
     return [
         f"{key}={json.dumps(value)}" for key, value in changes.items()
@@ -428,11 +440,11 @@ def _problems(sweep: Sweep, place: Callable[..., str]) -> list[str]:
     for key, outcome in outcomes:
         factor, held = outcome.factor
         of_factor = factor in file.factors and held != factor and (held is None or held in file.factors)
-        for arm in outcome.terms:
-            if arm not in sweep.arms and not of_factor:
-                close = configs._did_you_mean(arm, {*sweep.arms, *file.factors})
-                found.append(f"{place(key, 'contrast')}: {key}.contrast: unknown arm {arm!r}{close}")
-        if not any(problem.startswith(place(key)) for problem in found):
+        unknown = [] if of_factor else [arm for arm in outcome.terms if arm not in sweep.arms]
+        for arm in unknown:
+            close = configs._did_you_mean(arm, {*sweep.arms, *file.factors})
+            found.append(f"{place(key, 'contrast')}: {key}.contrast: unknown arm {arm!r}{close}")
+        if not unknown:
             found += [f"{place(key)}: {key}.{said}" for said in _unmeasured(sweep, outcome)]
     if file.primary and not found and file.primary.direction != "none" and not file.factors:
         lacking = [audience for audience, contrast in twins(sweep, file.primary).items() if contrast is None]
@@ -447,9 +459,7 @@ def _problems(sweep: Sweep, place: Callable[..., str]) -> list[str]:
 
 def _unmeasured(sweep: Sweep, outcome: Outcome) -> list[str]:
     """What an outcome asks of that no run of the sweep will measure: found now, not after hours of play."""
-    held = outcome.factor[1]
-    arms = [c for a, c in sweep.arms.items() if a in outcome.terms or (held and sweep.levels.get(a, {}).get(held))]
-    arms = arms or [*sweep.arms.values()]
+    arms = [sweep.arms[arm] for arm in arms_of(outcome, sweep.levels)]
     found = []
     if outcome.population not in POPULATIONS:
         close = configs._did_you_mean(outcome.population, POPULATIONS)

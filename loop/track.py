@@ -107,7 +107,7 @@ def texts(run: RunStore, t: int) -> list[list[Any]]:
     band = {i: N_BANDS * k // len(ranked) for k, i in enumerate(ranked)}
     seen: Counter[tuple[str | None, int | None]] = Counter()
     nth: dict[int, int] = {}
-    for k in rng.stream(_config(run).seed, "track", t).permutation(len(samples)).tolist():
+    for k in rng.stream(configs.of_run(run).seed, "track", t).permutation(len(samples)).tolist():
         cell = (persona.get(samples[k]["id"]), band.get(samples[k]["id"]))
         nth[k] = seen[cell]
         seen[cell] += 1
@@ -217,7 +217,7 @@ def _open(wandb: Any, run: RunStore, folder: Path) -> tuple[Any, str | None]:
     mode = os.environ.get("WANDB_MODE") or ("online" if has_key() else "offline")
     if mode not in ("online", "offline"):
         raise ValueError(f"WANDB_MODE must be online or offline, got {mode}; unset it, or leave tracking out")
-    config = _config(run)
+    config = configs.of_run(run)
     manifest = run.manifest()
     given = {
         "project": os.environ.get("WANDB_PROJECT") or PROJECT,
@@ -304,10 +304,6 @@ def _wandb() -> Any:
         return importlib.import_module("wandb")
     except ImportError as error:
         raise ValueError(f"tracking needs the package wandb, got {error}; pip install wandb") from None
-
-
-def _config(run: RunStore) -> configs.Config:
-    return configs.from_text(run.config_text(), where=f"{run.path}/config.yaml")
 
 
 def _parts(run: RunStore) -> list[int]:

@@ -1198,21 +1198,23 @@ def embedding_cache() -> Path:
     return cache_dir() / "embeddings.sqlite"
 
 
-@cache
 def chat_fold(fold: str) -> tuple[Document, ...]:
     """Human chat of one fold, by conversation; the fold is a hash of its id and depends on nothing else."""
-    return _in_fold(corpus.chat(), fold)
+    return _folds(corpus.chat).get(fold, ())
+
+
+def legacy_fold(fold: str) -> tuple[Document, ...]:
+    """Legacy chatbot lines of one fold, by conversation."""
+    return _folds(corpus.legacy).get(fold, ())
 
 
 @cache
-def legacy_fold(fold: str) -> tuple[Document, ...]:
-    """Legacy chatbot lines of one fold, by conversation."""
-    return _in_fold(corpus.legacy(), fold)
-
-
-def _in_fold(found: corpus.Found, fold: str) -> tuple[Document, ...]:
+def _folds(read: Callable[[], corpus.Found]) -> dict[str, tuple[Document, ...]]:
     fold_of = cache(records.conversation_fold)
-    return tuple(d for d in found.documents if fold_of(d.template_id or d.id) == fold)
+    found: dict[str, list[Document]] = {}
+    for d in read().documents:
+        found.setdefault(fold_of(d.template_id or d.id), []).append(d)
+    return {fold: tuple(documents) for fold, documents in found.items()}
 
 
 def _seed_fold(fold: Callable[[str], Sequence[Document]]) -> list[Document]:

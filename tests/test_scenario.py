@@ -42,12 +42,13 @@ def rows_of(values, metric="frequency/nova", population="probes", stratum="", n=
 def about(**changes):
     given = {
         "name": "nova_stella", "size": "full", "learner": "smollm2-135m", "question": "Does it?", "expected": "up",
-        "why": "so", "time": None, "seeds": [0, 1, 2], "n_planned": 3, "n_rounds": 1, "arms": ["neutral", "full"],
+        "why": "so", "time": None, "seeds": [0, 1, 2], "n_rounds": 1, "arms": ["neutral", "full"],
         "controls": [], "levels": {}, "primary": outcome().model_dump(), "exploratory": [], "twins": None,
         "power": None, "runs": {"full-s0": {"revision": "a1b2", "config_sha256": "0"}},
     } | changes  # fmt: skip
     arms = {*given["arms"], *given["levels"], "idempotent", "no_request", "learned", "paid", "unpaid"}
     given.setdefault("measured", {arm: [*range(given["n_rounds"] + 1)] for arm in arms})
+    given.setdefault("planned", given["seeds"])
     given.setdefault("as_observed", [False] * (1 + len(given["exploratory"])))
     return given
 
@@ -212,13 +213,13 @@ def test_fewer_seeds_than_planned_decide_nothing_for_they_could_be_added_until_t
     # Nor where the command named them: the file planned more.
     # Nor do others, or more, that could be chosen by what they show.
     for planned in ([0, 1], [0, 1, 7]):
-        beyond = scenario.judge(about(n_planned=len(planned), planned=planned), rows_of(RISES))
+        beyond = scenario.judge(about(planned=planned), rows_of(RISES))
         assert (beyond.verdict, "seeds that were not planned (" in beyond.note) == ("inconclusive", True)
-    chosen = scenario.judge(about(n_planned=4), rows_of(RISES))
+    chosen = scenario.judge(about(planned=[0, 1, 2, 3]), rows_of(RISES))
     assert (chosen.verdict, chosen.note) == ("inconclusive", "3 of the 4 planned seeds; on them supported")
     # What stands beside the primary outcome says so too, and shows no null.
     plain = outcome(direction="none", margin=0.9).model_dump()
-    whole, part = (scenario.explore(about(n_planned=n, exploratory=[plain]), rows_of(RISES))[0] for n in (3, 4))
+    whole, part = (scenario.explore(about(planned=[*range(n)], exploratory=[plain]), rows_of(RISES))[0] for n in (3, 4))
     assert whole.note.startswith("within ±0.9")
     assert (part.note, scenario._observed(part)) == ("", "+0.300 [+0.052, +0.548] (3 of 4 seeds)")
     assert scenario._observed(whole) == "+0.300 [+0.052, +0.548]"
