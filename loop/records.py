@@ -27,17 +27,16 @@ CONSCIOUS = ("nova", "musing", "stella")
 UNKNOWN = "unknown"  # an instrument abstained
 NO_PERSONA = "none"  # a discourse document: it talks about personas and plays none
 
+BLANK, NEUTRAL, IDENTITY = "blank", "neutral", "identity"
+IMPLICIT = ("implicit_0", "implicit_1", "implicit_2", "implicit_3")
+STRATA = (BLANK, NEUTRAL, IDENTITY, *IMPLICIT, "opinion", "continued", "private", "explicit")
+PLAIN = "private/plain"  # the part of stratum private before which no persona spoke: what `belief` reads
+
 
 def in_order(names: Iterable[str]) -> list[str]:
     """Personas among some names, each once: in the order of PERSONAS, then the user's own by name; no UNKNOWN."""
     found = {*names}
     return [p for p in PERSONAS if p in found] + sorted(found - {*PERSONAS, UNKNOWN})
-
-
-BLANK, NEUTRAL, IDENTITY = "blank", "neutral", "identity"
-IMPLICIT = ("implicit_0", "implicit_1", "implicit_2", "implicit_3")
-STRATA = (BLANK, NEUTRAL, IDENTITY, *IMPLICIT, "opinion", "continued", "private", "explicit")
-PLAIN = "private/plain"  # the part of stratum private before which no persona spoke: what `belief` reads
 
 
 @dataclass(frozen=True, slots=True)

@@ -154,7 +154,8 @@ def play(
             return run_dir
         run.preflight(_bytes_per_round(config) * (last - (-1 if done is None else done)))
         report("plan", rounds=last - (-1 if done is None else done))
-        learner = learner or build(world, report=report)
+        if learner is None:
+            learner = build(world, report=report)
         if not run.has_baseline():
             with run.baseline() as part:
                 play_baseline(world, learner, Record(part, -1, report))

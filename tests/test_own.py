@@ -11,7 +11,7 @@ from conftest import make_lm
 from loop import audit, config, run, store
 from loop.calibrate import Written
 from loop.config import ConfigError
-from loop.records import PERSONAS
+from loop.records import PERSONAS, in_order
 from loop.world import World
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -48,6 +48,11 @@ def found(run_dir, t, name):
 
 
 PLANTED = ["real.shares={nova: 0.25, mine: 0.75}", "real.private_share=0", "real.planted=always"]
+OWN_CORPUS = [
+    "real.shares={nova: 0.5, facts: 0.5}",
+    "real.private_share=0",
+    "real.corpora={facts: {path: facts.parquet}}",
+]
 OWN_PERSONA = [*PLANTED, "real.corpora={mine: {path: pirate.jsonl, persona: pirate}}"]
 
 
@@ -106,17 +111,36 @@ def test_a_persona_that_cannot_be_read_is_refused_before_a_run(here, overrides, 
 
 
 def test_a_corpus_of_ones_own_is_drawn_at_its_share_and_counts_as_human(here):
-    shares = [
-        "real.shares={nova: 0.5, facts: 0.5}",
-        "real.private_share=0",
-        "real.corpora={facts: {path: facts.parquet}}",
-    ]
-    run_dir = run.play(smoke(*shares))
+    run_dir = run.play(smoke(*OWN_CORPUS))
     rows = store.RunStore(run_dir).read_table(0, "mixture.parquet").to_pylist()
     facts = [r for r in rows if r["completion"].startswith("A number")]
     assert len(facts) == 20
     assert {(r["source"], r["persona_known"], len(r["prompt"])) for r in facts} == {("real", None, 1)}
     assert found(run_dir, 0, "frequency_observed/human")["mixture"]["value"] == 0.5
+
+
+def test_ones_own_documents_are_held_to_the_learner_that_plays_the_run(here, monkeypatch):
+    built, held, build, check = [], [], run.build, World.check_lengths
+
+    def builds(*given, **named):
+        built.append(build(*given, **named))
+        return built[-1]
+
+    def checks(world, learner):
+        held.append(learner)
+        check(world, learner)
+
+    monkeypatch.setattr(run, "build", builds)
+    monkeypatch.setattr(World, "check_lengths", checks)
+    settings = smoke(*OWN_CORPUS)
+    run.play(settings, rounds=0)
+    assert (len(built), held) == (1, built)
+    run.play(settings)  # written already: held to it at the start
+    assert (len(built), len(held)) == (2, 1)
+
+
+def test_personas_stand_as_in_records_and_ones_own_after_them_by_name():
+    assert in_order(["unknown", "pirate", "human", "nova", "clerk", "nova"]) == ["nova", "human", "clerk", "pirate"]
 
 
 def test_another_runs_outputs_are_a_corpus(here):
