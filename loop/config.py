@@ -157,7 +157,7 @@ class Real(_Section):
         known = {"chat", "legacy", OPINIONS, *PERSONAS[:-1], *self.corpora}
         for name in self.shares:
             if name not in known:
-                raise ValueError(f"shares.{name}: unknown component{_did_you_mean(name, known)}; or add corpora.{name}")
+                raise ValueError(f"shares.{name}: unknown component{_of_known(name, known)}; or add corpora.{name}")
         planted = OPINIONS in self.shares and OPINIONS not in self.corpora
         if planted and self.homophily is None:
             raise ValueError("homophily must be given with shares.opinions, a number in [0, 1]; add it")
@@ -278,7 +278,7 @@ class Users(_Section):
         for persona, split in self.hints.items():
             for stratum in split:
                 if stratum not in IMPLICIT:
-                    raise ValueError(f"hints.{persona}: unknown stratum {stratum!r}{_did_you_mean(stratum, IMPLICIT)}")
+                    raise ValueError(f"hints.{persona}: unknown stratum {stratum!r}{_of_known(stratum, IMPLICIT)}")
             if math.fsum(split.values()) > 1 + 1e-9:
                 raise ValueError(f"hints.{persona} must sum to at most 1, got {math.fsum(split.values()):.6g}")
         return self
@@ -375,7 +375,7 @@ class Measure(_Section):
         _check_strata("mixture", self.mixture, set(UNREQUESTED))
         for stratum in self.strata:
             if stratum not in STRATA:
-                raise ValueError(f"strata: unknown stratum {stratum!r}{_did_you_mean(stratum, STRATA)}")
+                raise ValueError(f"strata: unknown stratum {stratum!r}{_of_known(stratum, STRATA)}")
         if len(set(self.strata)) < len(self.strata):
             raise ValueError(f"strata must name each stratum once, got {', '.join(self.strata)}")
         missing = [s for s, w in self.mixture.items() if w > 0 and s not in self.strata]
@@ -385,7 +385,7 @@ class Measure(_Section):
             known = {*STRATA, PLAIN, "default"}
             for name in self.n_per_template:
                 if name not in known:
-                    raise ValueError(f"n_per_template.{name}: unknown stratum{_did_you_mean(name, known)}")
+                    raise ValueError(f"n_per_template.{name}: unknown stratum{_of_known(name, known)}")
             if "default" not in self.n_per_template:
                 raise ValueError("n_per_template must name default, the number of every stratum it does not name")
         return self
@@ -990,13 +990,13 @@ def _check_personas(name: str, personas: Iterable[str]) -> None:
     known = PERSONAS[:-1]  # real people are neither barred nor steered against
     for persona in personas:
         if persona not in known:
-            raise ValueError(f"{name}: unknown persona {persona!r}{_did_you_mean(persona, known)}")
+            raise ValueError(f"{name}: unknown persona {persona!r}{_of_known(persona, known)}")
 
 
 def _check_strata(name: str, shares: dict[str, float], known: set[str]) -> None:
     for stratum in shares:
         if stratum not in known:
-            raise ValueError(f"{name}.{stratum}: unknown stratum{_did_you_mean(stratum, known)}")
+            raise ValueError(f"{name}.{stratum}: unknown stratum{_of_known(stratum, known)}")
     total = math.fsum(shares.values())
     if abs(total - 1) > 1e-9:
         raise ValueError(f"{name} must sum to 1, got {total:.6g}")
@@ -1009,6 +1009,12 @@ def _did_you_mean(word: str, known: Any, prefix: tuple[str, ...] = ()) -> str:
     known = set(known)
     close = [_MEANT[word]] if _MEANT.get(word) in known else difflib.get_close_matches(word, known, n=1, cutoff=0.6)
     return f", did you mean {'.'.join((*prefix, close[0]))}?" if close else ""
+
+
+def _of_known(word: str, known: Iterable[str]) -> str:
+    """What an unknown word may have meant, or else all that there is."""
+    known = [*known] if isinstance(known, Sequence) else sorted(known)
+    return _did_you_mean(word, known) or f" (there are {', '.join(known)})"
 
 
 def _short(value: Any) -> str:

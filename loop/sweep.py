@@ -433,7 +433,7 @@ def _problems(sweep: Sweep, place: Callable[..., str]) -> list[str]:
     file, found = sweep.file, []
     for arm in file.controls:
         if arm not in sweep.arms:
-            close = configs._did_you_mean(arm, sweep.arms)
+            close = configs._of_known(arm, [*sweep.arms])
             found.append(f"{place('controls')}: controls: unknown arm {arm}{close}")
     outcomes: list[tuple[str, Outcome]] = [("primary", file.primary)] if file.primary else []
     outcomes += [("exploratory", o) for o in file.exploratory]
@@ -442,7 +442,7 @@ def _problems(sweep: Sweep, place: Callable[..., str]) -> list[str]:
         of_factor = factor in file.factors and held != factor and (held is None or held in file.factors)
         unknown = [] if of_factor else [arm for arm in outcome.terms if arm not in sweep.arms]
         for arm in unknown:
-            close = configs._did_you_mean(arm, {*sweep.arms, *file.factors})
+            close = configs._of_known(arm, [*(file.factors or sweep.arms)])
             found.append(f"{place(key, 'contrast')}: {key}.contrast: unknown arm {arm!r}{close}")
         if not unknown:
             found += [f"{place(key)}: {key}.{said}" for said in _unmeasured(sweep, outcome)]
@@ -462,10 +462,10 @@ def _unmeasured(sweep: Sweep, outcome: Outcome) -> list[str]:
     arms = [sweep.arms[arm] for arm in arms_of(outcome, sweep.levels)]
     found = []
     if outcome.population not in POPULATIONS:
-        close = configs._did_you_mean(outcome.population, POPULATIONS)
+        close = configs._of_known(outcome.population, POPULATIONS)
         found.append(f"population: unknown population {outcome.population!r}{close}")
     if outcome.stratum is not None and outcome.stratum not in STRATA:
-        found.append(f"stratum: unknown stratum {outcome.stratum!r}{configs._did_you_mean(outcome.stratum, STRATA)}")
+        found.append(f"stratum: unknown stratum {outcome.stratum!r}{configs._of_known(outcome.stratum, STRATA)}")
     elif outcome.population == "probes" and any(outcome.stratum not in (None, *arm.measure.strata) for arm in arms):
         found.append(f"stratum: {outcome.stratum} must be one of measure.strata; add it there")
     of_factor = outcome.factor[0] in sweep.file.factors
@@ -475,12 +475,12 @@ def _unmeasured(sweep: Sweep, outcome: Outcome) -> list[str]:
     for name in outcome.parts:
         head, slash, persona = name.partition("/")
         if head not in METRICS:
-            found.append(f"metric: unknown metric {head!r} in {name}{configs._did_you_mean(head, METRICS)}")
+            found.append(f"metric: unknown metric {head!r} in {name}{configs._of_known(head, METRICS)}")
             continue
         metric = METRICS[head]
         found += [f"metric: {name} needs {way}" for way in {_needs(head, persona, arm): None for arm in arms} if way]
         if slash and metric.persona is not None and persona not in personas:
-            found.append(f"metric: unknown persona {persona!r} in {name}{configs._did_you_mean(persona, personas)}")
+            found.append(f"metric: unknown persona {persona!r} in {name}{configs._of_known(persona, personas)}")
         elif slash and metric.persona == "planted" and not any(c.may_hold(persona) for c in sweep.arms.values()):
             found.append(
                 f"metric: {persona} in {name} has no seed corpus in any arm; give it a share in real.shares, or "
