@@ -820,8 +820,9 @@ def page(folder: Path) -> str:
         "effect no larger tells nothing; one in twenty of such exceeds 2.5 floors. Where readings are corrected",
         "(SmolLM2's alone: the toy's have no error, tiny's stay as observed), one table of instrument errors serves",
         "all seeds and arms: the error of that table is in no interval here. Means are over the seeds an effect is",
-        "of, from round 0 to the final one, arms in the order of the contrast. Where a primary outcome was changed",
-        "after numbers of another had been seen, `CHANGELOG.md` says from what to what, and when.",
+        "of, from round 0 to the final one, arms in the order of the contrast; of a factor where it is high, then low.",
+        "Where a primary outcome was changed after numbers of another had been seen, `CHANGELOG.md` says from what to",
+        "what, and when.",
         f"{NOTHING}: not measured, or nothing there to measure.",
         "",
     ]
@@ -882,8 +883,8 @@ def _section(about: Mapping[str, Any], rows: pd.DataFrame, main: Finding | None)
         paired = "paired " if level or main.outcome.control else ""
         lines.append(f"- Primary: {_asked(main.outcome)}{final}: {_interval(main.effect)} over {main.effect.n} {paired}"
                      f"seeds, noise floor {_floor(main.floor)}")  # fmt: skip
+        lines.append(f"- Means: {_means(about, rows, main.outcome)}")
         if not about["levels"]:
-            lines.append(f"- Means: {_means(about, rows, main.outcome)}")
             lines += _by_round(about, rows, main.outcome)
         for audience, interval in main.under.items():
             contrast = about["twins"][audience]
@@ -1085,14 +1086,27 @@ def _asked(outcome: Outcome) -> str:
 
 
 def _means(about: Mapping[str, Any], rows: pd.DataFrame, outcome: Outcome) -> str:
-    """Mean of an outcome's metric in round 0 and in the final one, per arm of its contrast, over the seeds it is of."""
-    last, sides, seeds = _paired(about, rows, outcome)
+    """Mean of an outcome's metric in round 0 and in the final one, per arm of its contrast, over the seeds it is of.
 
-    def mean(side: dict[int, Levels], t: int) -> str:
-        found = [side[s][t][0] for s in seeds if t in side[s]]
+    Of a factor, over the cells where it is high, then over those where it is low.
+    """
+    if _of_factor(about, outcome):
+        last = _last(about, rows, outcome) or 0
+        cells = {arm: _levels(rows, outcome, arm, (0, last)) for arm in arms_of(outcome, about["levels"])}
+        seeds = sorted(
+            set.intersection(*({s for s, level in cell.items() if last in level} for cell in cells.values()))
+        )
+        high = [about["levels"][arm][outcome.factor[0]] for arm in cells]
+        sides = [[cell for cell, k in zip(cells.values(), high, strict=True) if k == wanted] for wanted in (1, 0)]
+    else:
+        last, arms, seeds = _paired(about, rows, outcome)
+        sides = [[arm] for arm in arms]
+
+    def mean(side: list[dict[int, Levels]], t: int) -> str:
+        found = [cell[s][t][0] for cell in side for s in seeds if t in cell[s]]
         return f"{math.fsum(found) / len(found):.3f}" if found else NOTHING
 
-    return "; ".join(f"{mean(side, 0)} → {mean(side, last)}" for side in sides) if seeds else NOTHING
+    return "; ".join(f"{mean(side, 0)} → {mean(side, last)}" for side in sides) if seeds and last else NOTHING
 
 
 def _by_round(about: Mapping[str, Any], rows: pd.DataFrame, outcome: Outcome) -> list[str]:

@@ -704,6 +704,10 @@ def test_a_factor_given_another_is_read_in_the_half_where_the_other_is_high():
     whole, half = (scenario.observe(said, rows, o)[0].value for o in (outcome(contrast="b"), given))
     assert half == pytest.approx(math.log(80.5 / 20.5))
     assert whole == pytest.approx(half / 2)
+    # Means where b is on, then where it is off, (0.2 + 0.8) / 2 and (0.2 + 0.5) / 2; a seed that lacks a cell is out.
+    part = pd.concat([rows, rows_of({"a1-b1": {3: [0.1, 0.0]}})])
+    assert scenario._means(said, part, outcome(contrast="b")) == "0.100 → 0.500; 0.100 → 0.350"
+    assert scenario._means(said, part, given) == "0.100 → 0.800; 0.100 → 0.500"
     # Where all cells are read as surely, half as many have twice the variance.
     spread = iter(range(99))
     flat = rows_of({arm: {s: [0.1, 0.5 + 1e-9 * next(spread)] for s in range(3)} for arm in levels})
