@@ -18,6 +18,7 @@ from loop.records import FACTORIAL, IMPLICIT, PERSONAS, PLAIN, STRATA, UNREQUEST
 
 MAX_BYTES = 1 << 17  # read in seconds; the largest that ships has 3 KB
 MAX_ALIASES = 16
+MANY = 24  # names that a message lists in full
 MAX_DEPTH = 32
 ROUNDS = re.compile(r"([0-9]{1,6})(?:\.\.([0-9]{1,6}))?")
 OPINIONS = "opinions"  # component of the real corpus: loop/opinion.py
@@ -517,8 +518,8 @@ class Virality(_Section):
     @classmethod
     def _known(cls, value: str) -> str:
         if value not in AUDIENCES and ".py:" not in value and not re.fullmatch(r"placebo:[0-9]+", value):
-            known = ", ".join((*AUDIENCES, "placebo:<draw>", "file.py:function"))
-            raise ValueError(f"unknown audience {value!r}{_did_you_mean(value, AUDIENCES)} (there are {known})")
+            known = (*AUDIENCES, "placebo:<draw>", "file.py:function")
+            raise ValueError(f"unknown audience {value!r}{_of_known(value, known)}")
         return value
 
 
@@ -741,9 +742,7 @@ def hardware(name: str) -> dict[str, Any]:
     path = Path(name) if name.endswith((".yaml", ".yml")) else configs_dir() / "hardware" / f"{name}.yaml"
     if not path.is_file():
         known = sorted(p.stem for p in (configs_dir() / "hardware").glob("*.yaml"))
-        raise ConfigError(
-            [f"hardware: unknown preset {name!r}{_did_you_mean(name, known)} (there are {', '.join(known)}, file.yaml)"]
-        )
+        raise ConfigError([f"hardware: unknown preset {name!r}{_of_known(name, [*known, 'file.yaml'])}"])
     data, lines = _read(path)
     rule = f"a preset may set {' and '.join(PLACEMENT)} alone; the rest is the experiment"
     wrong = [f"{path}:{lines[key,]}: {key}: {rule}" for key in data if key not in PLACEMENT]
@@ -1012,9 +1011,10 @@ def _did_you_mean(word: str, known: Any, prefix: tuple[str, ...] = ()) -> str:
 
 
 def _of_known(word: str, known: Iterable[str]) -> str:
-    """What an unknown word may have meant, or else all that there is."""
+    """What an unknown word may have meant, and what there is: all of it, or the first of many."""
     known = [*known] if isinstance(known, Sequence) else sorted(known)
-    return _did_you_mean(word, known) or f" (there are {', '.join(known)})"
+    listed = ", ".join(known if len(known) <= MANY else [*known[:MANY], f"... {len(known)} in all"])
+    return f"{_did_you_mean(word, known)} (there are {listed})"
 
 
 def _short(value: Any) -> str:

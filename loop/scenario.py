@@ -441,7 +441,8 @@ def read(path: Path, needs: Collection[str] = ABOUT) -> tuple[dict[str, Any], pd
     about: dict[str, Any] = json.loads((file.metadata.metadata or {}).get(META, b"{}"))
     if not about.keys() >= {*needs} or file.schema_arrow.names != ROWS.names:
         raise ValueError(
-            f"table must be written by this version's `loop findings`, got another at {path}; move it away"
+            f"table must be written by this version's `loop findings`, got another at {path}; write its scenario's "
+            "anew by that command, or move it away"
         )
     return about, file.read(use_threads=False).to_pandas()
 
@@ -644,9 +645,8 @@ def noise_floor(about: Mapping[str, Any], rows: pd.DataFrame, outcome: Outcome) 
     if last is None or last == 0:
         return math.nan
     if _of_factor(about, outcome):
-        cells = {arm: _levels(rows, outcome, arm, (last,)) for arm in arms_of(outcome, about["levels"])}
+        cells, seeds = _of_cells(about, rows, outcome, (last,))
         told = _told(rows, last, outcome.population)
-        seeds = sorted(set.intersection(*(set(c) for c in cells.values())))
         n_outputs, variances = _outputs(about, rows, outcome, last), []
         for s in seeds:
             readings: dict[Any, tuple[float, float]] = {}  # what a model was read as -> how often it counts, variance
@@ -729,6 +729,15 @@ def _levels(rows: pd.DataFrame, outcome: Outcome, arm: str, rounds: Sequence[int
             n = float(p @ (1 - p)) / float(se @ se) or math.inf if together and se.all() else math.inf
             found.setdefault(int(seed), {})[int(t)] = (total, analysis.variance_of_sum(w, p, se, n))
     return found
+
+
+def _of_cells(
+    about: Mapping[str, Any], rows: pd.DataFrame, outcome: Outcome, rounds: Sequence[int]
+) -> tuple[dict[str, dict[int, Levels]], list[int]]:
+    """Levels in some rounds of the cells that a factor's outcome takes, by seed; seeds that have the last in all."""
+    cells = {arm: _levels(rows, outcome, arm, rounds) for arm in arms_of(outcome, about["levels"])}
+    having = ({s for s, levels in cell.items() if rounds[-1] in levels} for cell in cells.values())
+    return cells, sorted(set.intersection(*having))
 
 
 def _factors(about: Mapping[str, Any]) -> list[str]:
@@ -1092,15 +1101,12 @@ def _means(about: Mapping[str, Any], rows: pd.DataFrame, outcome: Outcome) -> st
     """
     if _of_factor(about, outcome):
         last = _last(about, rows, outcome) or 0
-        cells = {arm: _levels(rows, outcome, arm, (0, last)) for arm in arms_of(outcome, about["levels"])}
-        seeds = sorted(
-            set.intersection(*({s for s, level in cell.items() if last in level} for cell in cells.values()))
-        )
-        high = [about["levels"][arm][outcome.factor[0]] for arm in cells]
-        sides = [[cell for cell, k in zip(cells.values(), high, strict=True) if k == wanted] for wanted in (1, 0)]
+        cells, seeds = _of_cells(about, rows, outcome, (0, last))
+        level = {arm: about["levels"][arm][outcome.factor[0]] for arm in cells}
+        sides = [[cell for arm, cell in cells.items() if level[arm] == wanted] for wanted in (1, 0)]
     else:
-        last, arms, seeds = _paired(about, rows, outcome)
-        sides = [[arm] for arm in arms]
+        last, single, seeds = _paired(about, rows, outcome)
+        sides = [[side] for side in single]
 
     def mean(side: list[dict[int, Levels]], t: int) -> str:
         found = [cell[s][t][0] for cell in side for s in seeds if t in cell[s]]

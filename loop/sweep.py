@@ -441,8 +441,9 @@ def _problems(sweep: Sweep, place: Callable[..., str]) -> list[str]:
         factor, held = outcome.factor
         of_factor = factor in file.factors and held != factor and (held is None or held in file.factors)
         unknown = [] if of_factor else [arm for arm in outcome.terms if arm not in sweep.arms]
+        known = [*(file.factors if len(outcome.terms) == 1 else ()), *sweep.arms]
         for arm in unknown:
-            close = configs._of_known(arm, [*(file.factors or sweep.arms)])
+            close = configs._of_known(arm, known)
             found.append(f"{place(key, 'contrast')}: {key}.contrast: unknown arm {arm!r}{close}")
         if not unknown:
             found += [f"{place(key)}: {key}.{said}" for said in _unmeasured(sweep, outcome)]

@@ -209,7 +209,9 @@ def test_a_persona_is_not_barred_and_asked_for_at_once():
 
 def test_discourse_about_an_unknown_persona_is_refused():
     assert "noticed: unknown persona 'novva', did you mean nova?" in refused("users.noticed={novva: 0.5}")
-    assert "noticed: unknown persona 'human'" in refused("users.noticed={human: 0.5}")
+    assert "noticed: unknown persona 'human' (there are assistant, nova, stella, " in refused(
+        "users.noticed={human: 0.5}"
+    )
     stance = "discourse.stance={default: {neutral: 1}, stela: {praise: 1}}"
     assert "stance: unknown persona 'stela', did you mean stella?" in refused(stance)
     assert "stance.nova must sum to 1, got 0.5" in refused(

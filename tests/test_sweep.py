@@ -390,6 +390,17 @@ def test_a_factor_is_given_another_factor_or_refused(tmp_path, contrast):
     assert f"primary.contrast: unknown arm {contrast.partition(' - ')[0]!r}" in found[0]
 
 
+def test_a_mistyped_cell_is_answered_with_the_nearest_and_many_cells_are_not_all_listed(tmp_path):
+    factors = {"copies": {"channels.direct_data": [False, True]}, "talk": {"channels.talk_data": [False, True]}}
+    primary = OUTCOME | {"contrast": "copies1-talkO - copies0-talk0"}
+    (found,) = problems(write(tmp_path, arms=None, factors=factors, primary=primary))
+    assert "unknown arm 'copies1-talkO', did you mean copies1-talk1? (there are copies0-talk0, copies0-talk1, " in found
+    keys = ("sample.n_samples", "mix.n_train", "virality.posts_per_sample")
+    factors |= {f"size{k}": {key: [20, 40]} for k, key in enumerate(keys)}
+    (found,) = problems(write(tmp_path, arms=None, factors=factors, controls=["neutral"]))
+    assert found.endswith(", ... 32 in all)")
+
+
 def test_a_factor_given_another_asks_only_the_cells_it_takes_for_what_its_metric_needs(tmp_path):
     bars = {"filters.release": [None, {"recall": {"nova": 0.9}}]}
     factors = {"filter": bars, "talk": {"channels.talk_data": [False, True]}}
