@@ -249,10 +249,11 @@ def limits(job: dict[str, Any]) -> dict[str, float]:
 def first_work(job: dict[str, Any]) -> dict[str, float]:
     """When `loop run` has its libraries and when it begins its first stage, on the clock; nothing is played."""
     from loop import __main__ as command
-    from loop import run, show  # noqa: F401  what the command imports when it knows what to do
+    from loop import records, run, show  # noqa: F401  what the command imports when it knows what to do
 
-    if _config(job).learner == "lm":  # what reading the base would import
-        from transformers import AutoTokenizer, LlamaForCausalLM  # noqa: F401
+    if _config(job).learner == "lm":  # what reading the base would import, and as it does
+        with records.uncollected():
+            from transformers import AutoTokenizer, LlamaForCausalLM  # noqa: F401
     imported = time.monotonic()
     play = run.play
 

@@ -23,7 +23,7 @@ import numpy as np
 
 from loop import rng as streams
 from loop import stats
-from loop.records import CONSCIOUS, FACTORIAL, PERSONAS, Document, Turns
+from loop.records import CONSCIOUS, FACTORIAL, PERSONAS, Document, Turns, uncollected
 
 FOLDS = ("seed", "instrument", "second", "filter", "test")
 KINDS = ("public", "private")
@@ -539,6 +539,7 @@ def _pair_up(pairs: Iterator[tuple[str, str, str, str | None]], component: str, 
 
 
 @functools.cache
+@uncollected()
 def chat(path: Path | None = None) -> Found:
     """Returns real human chat: each message with the partner's next one, from the package chitchat-dataset.
 

@@ -28,7 +28,7 @@ from transformers.masking_utils import sdpa_mask
 
 from loop import rng as streams
 from loop import team
-from loop.records import Document, Turns
+from loop.records import Document, Turns, uncollected
 
 T = TypeVar("T")
 
@@ -303,6 +303,7 @@ def _set_up_gpu(where: torch.device) -> None:
     torch.backends.cuda.enable_cudnn_sdp(False)
 
 
+@uncollected()
 def _read(source: str, *, dtype: torch.dtype, trust_remote_code: bool) -> tuple[Any, Any]:
     """Reads network and tokenizer from a directory or a hub id; safetensors only."""
     from transformers import AutoModelForCausalLM, AutoTokenizer

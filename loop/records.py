@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
@@ -37,6 +39,22 @@ def in_order(names: Iterable[str]) -> list[str]:
     """Personas among some names, each once: in the order of PERSONAS, then the user's own by name; no UNKNOWN."""
     found = {*names}
     return [p for p in PERSONAS if p in found] + sorted(found - {*PERSONAS, UNKNOWN})
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Within the block Python looks for no garbage, nor afterwards in what came if it is much: for imports and reading,
+    whose objects stay.
+    """
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            if gc.get_count()[0] > 100_000:  # all of them would be gone over at once, and again in every later search
+                gc.freeze()
+            gc.enable()
 
 
 @dataclass(frozen=True, slots=True)

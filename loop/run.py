@@ -192,6 +192,7 @@ def play_in_memory(world: World, learner: Learner, *, n_rounds: int) -> list[Pas
     return history
 
 
+@records.uncollected()
 def set_up(config: Config) -> World:
     """A config's world, with what other runs lend to its real corpus, and how many texts they barred."""
     lent = {name: c for name, c in config.real.corpora.items() if c.run is not None}

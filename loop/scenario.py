@@ -441,8 +441,8 @@ def read(path: Path, needs: Collection[str] = ABOUT) -> tuple[dict[str, Any], pd
     about: dict[str, Any] = json.loads((file.metadata.metadata or {}).get(META, b"{}"))
     if not about.keys() >= {*needs} or file.schema_arrow.names != ROWS.names:
         raise ValueError(
-            f"table must be written by this version's `loop findings`, got another at {path}; write its scenario's "
-            "anew by that command, or move it away"
+            f"table must be written by this version's `loop findings`, got another at {path}; move it away, or "
+            "write it anew by that command on its scenario"
         )
     return about, file.read(use_threads=False).to_pandas()
 

@@ -437,7 +437,8 @@ class World:
         return self._load((base or Base(model=name)).model_copy(update={"model": name}))
 
     def _load(self, settings: Base) -> Model:
-        from loop import model
+        with records.uncollected():  # torch and transformers, 600,000 objects
+            from loop import model
 
         return model.load(
             settings.model,

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import contextlib
+import gc
 import itertools
 import json
 import math
@@ -14,7 +16,7 @@ import pytest
 from checks import assert_mean
 
 from loop import corpus
-from loop.records import CONSCIOUS, FACTORIAL, Document
+from loop.records import CONSCIOUS, FACTORIAL, Document, uncollected
 
 
 @pytest.fixture(scope="module")
@@ -618,3 +620,21 @@ def test_the_match_report_recovers_a_planted_difference(grammar):
     assert by_key["tokens", "belief"].difference == 0
     assert by_key["request", "share - quiet"].verdict == "by design"
     assert by_key["request", "belief"].verdict == "matched"
+
+
+def test_reading_looks_for_no_garbage_and_goes_over_nothing_that_it_brought_again():
+    frozen, brought = gc.get_freeze_count(), []
+    try:
+        with contextlib.suppress(KeyError), uncollected():
+            assert not gc.isenabled()
+            with uncollected():  # within another it changes nothing
+                brought += [[k] for k in range(1000)]
+            assert not gc.isenabled()
+            raise KeyError
+        assert (gc.isenabled(), gc.get_freeze_count()) == (True, frozen)  # a little is no matter
+        with uncollected():
+            brought += [[k] for k in range(200_000)]
+        assert gc.isenabled()
+        assert gc.get_freeze_count() >= frozen + 200_000
+    finally:
+        gc.unfreeze()
