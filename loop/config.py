@@ -576,7 +576,8 @@ class Config(_Section):
                 "bring your own, file.py:function, or give the texts to one of " + ", ".join(PERSONAS[:-1])
             )
         others = {p for p in self.personas if self.may_hold(p)} - {"assistant", "human"}
-        if self.steer is not None and len(others) > 1 and others <= set(self.steer.against):
+        beside = "assistant" in self.planted and len(others) < 2  # she and the assistant: one to turn to is left
+        if self.steer is not None and others and not beside and others <= set(self.steer.against):
             raise ValueError(
                 f"steer.against must leave a persona of real.shares beside the assistant, got all of them: "
                 f"{', '.join(sorted(others))}; name those the question is about"
@@ -656,6 +657,13 @@ class Config(_Section):
                     "(real.corpora), or take it out"
                 )
 
+    def as_read(self) -> Config:
+        """The same with what its channels leave unread at its default: discourse, and how users follow awareness."""
+        users = self.users if self.channels.users else Users(mixture=self.users.mixture)
+        if self.channels.talk:
+            return self.model_copy(update={"users": users.model_copy(update={"noticed": self.users.noticed})})
+        return self.model_copy(update={"users": users, "discourse": Discourse()})
+
     def may_hold(self, persona: str) -> bool:
         """Whether the real corpus may hold documents of a persona, or of what stands for one."""
         drawn = [c for name, c in self.real.corpora.items() if self.real.shares.get(name, 0) > 0]
@@ -717,6 +725,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
             problems.append(f"{key}: the value is not YAML: {_one_line(error)}")
             continue
         parts = tuple(key.split("."))
+        _walk(yaml.compose(text, Loader=_Loader) if text else None, parts, {}, problems, "command line")
         _set(data, parts, value, problems)
         origin[parts] = "command line"
     if problems:

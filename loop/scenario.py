@@ -415,7 +415,8 @@ def write(sweep: Sweep, folder: Path) -> str:
     others = ", ".join(p.name for p in strangers(sweep))
     left_out = f"; left out, played with another config: {others}" if others else ""
     if table is None:
-        return f"{sweep.name}: no run of it is played; `loop sweep {sweep.path}` first{left_out}"
+        size = f" --size {sweep.size}" if sweep.size else ""
+        return f"{sweep.name}: no run of it is played; `loop sweep {sweep.path}{size}` first{left_out}"
     folder.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.tmp")
     pq.write_table(table, scratch, compression="zstd", compression_level=9)

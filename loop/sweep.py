@@ -366,10 +366,12 @@ def load(
     problems = list(dict.fromkeys(problems))
     same: dict[str, str] = {}
     for arm, config in resolved.items():
-        first = same.setdefault(configs.to_yaml(config.model_copy(update={"name": "same"})), arm)
+        first = same.setdefault(configs.to_yaml(config.as_read().model_copy(update={"name": "same"})), arm)
         if first != arm:
+            unread = config.model_copy(update={"name": first}) != resolved[first]
+            but = " but for keys that none of its channels reads; switch that channel on, or" if unread else ";"
             problems.append(
-                f"{place('arms', arm)}: arm {arm}: the same resolved config as arm {first}; remove one of them"
+                f"{place('arms', arm)}: arm {arm}: the same resolved config as arm {first}{but} remove one of them"
             )
     planned = sizes[chosen].seeds
     sweep = Sweep(path.stem, path, chosen, file, settings.seeds, planned, where, resolved, levels, settings.time)

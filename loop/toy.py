@@ -65,7 +65,10 @@ class Toy:
             totals[persona] = totals.get(persona, 0.0) + document.weight
         total = math.fsum(totals.values())
         if not total > 0:
-            raise ValueError("documents must hold a persona with positive weight, got 0 effective documents")
+            raise ValueError(
+                "documents must hold a persona with positive weight, got 0 effective documents; the toy does not read "
+                "talk: lower discourse.share, or raise mix.real_share or mix.n_train"
+            )
         self.shares = {persona: value / total for persona, value in sorted(totals.items())}
         return [len(document.completion.split()) for document in documents]
 

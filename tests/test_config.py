@@ -70,6 +70,7 @@ def test_a_key_that_stands_twice_is_refused(tmp_path):
     assert problem.endswith(
         "seed: stands twice, first on line " + str(SMOKE.read_text().splitlines().index("seed: 0") + 1)
     )
+    assert "users.noticed.nova: stands twice, first on line 1" in refused("users.noticed={nova: 0, nova: 1}")
 
 
 def test_numbers_and_words_are_read_as_yaml_1_2_does(tmp_path):
@@ -231,6 +232,9 @@ def test_steering_against_everybody_or_against_whom_it_prefers_is_refused():
     )
     assert "against must leave the assistant" in refused("steer.against=[assistant]", path=path)
     assert config.load(path, ["steer.against=[nova]"]).steer.n_pairs == 64
+    shares = "real.shares={nova: 0.5, %s: 0.5}"
+    assert "got all of them: nova; " in refused("steer.against=[nova]", shares % "chat", path=path)
+    config.load(path, ["steer.against=[nova]", shares % "assistant"])
     asked = "users.mixture={explicit/nova: 1}"
     assert "users.mixture must hold prompts that ask for nobody" in refused("steer.against=[stella]", asked, path=path)
 

@@ -285,6 +285,12 @@ def test_arms_of_the_same_resolved_config_are_refused(tmp_path):
     # 0.1 is what the smoke config says, so `same` changes nothing.
     (problem,) = problems(write(tmp_path, arms={"one": {}, "same": {"mix.real_share": 0.1}}))
     assert problem.endswith("arm same: the same resolved config as arm one; remove one of them")
+    # What nothing reads makes no other arm: talk and users are off here.
+    for key, value in {"discourse.share": 0.5, "users.eta": 0.9, "users.noticed": {"default": 0.9}}.items():
+        (problem,) = problems(write(tmp_path, arms={"one": {}, "unread": {key: value}}))
+        assert problem.endswith("as arm one but for keys that none of its channels reads; switch that channel on, or "
+                                "remove one of them")  # fmt: skip
+        sweep.load(write(tmp_path, arms={"one": TALKING, "read": TALKING | {key: value}}))
 
 
 def test_an_unknown_key_of_an_arm_is_named_with_file_line_and_the_likely_meaning(tmp_path):
@@ -315,6 +321,10 @@ def test_a_sweep_file_that_cannot_be_played_is_refused_in_one_clear_line(tmp_pat
     assert message in found[0]
 
 
+TALKING = {  # all channels on
+    **dict.fromkeys(("channels.talk_data", "channels.direct_users", "channels.talk_users"), True),
+    "measure.strata": ["blank", "neutral", "identity", *(f"implicit_{k}" for k in range(4)), "private", "explicit"],
+}
 OUTCOME = {"metric": "frequency/nova", "contrast": "full - neutral", "direction": "none", "margin": 0.1}
 
 
