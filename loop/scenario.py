@@ -27,7 +27,7 @@ from loop import analysis, config, stats, theory
 from loop.records import CONSCIOUS, UNREQUESTED
 from loop.stats import Interval
 from loop.store import RunStore
-from loop.sweep import Outcome, Sweep, arms_of, twins
+from loop.sweep import Outcome, Sweep, arms_of, of_factor, twins
 
 # What an exact learner or a model of a few million parameters can show: how the loop works, not what personas do.
 MECHANICS = ("nova_stella", "hitchhiking", "idempotence", "hard_filter", "expectation", "regimes")
@@ -606,7 +606,7 @@ def observe(about: Mapping[str, Any], rows: pd.DataFrame, outcome: Outcome) -> t
 
 def _by_seed(about: Mapping[str, Any], rows: pd.DataFrame, outcome: Outcome) -> dict[int, float]:
     """Seed -> effect, without seeds that lack a part of it; of a factor 0, 1, ... -> effect, in the order of seeds."""
-    if _of_factor(about, outcome):
+    if of_factor(outcome, about["levels"]):
         found = {e.name: e for e in factorial(about, rows, outcome)}
         return dict(enumerate(found[outcome.factor[0]].by_seed))
     last, sides, seeds = _paired(about, rows, outcome)
@@ -645,7 +645,7 @@ def noise_floor(about: Mapping[str, Any], rows: pd.DataFrame, outcome: Outcome) 
     last = _last(about, rows, outcome)
     if last is None or last == 0:
         return math.nan
-    if _of_factor(about, outcome):
+    if of_factor(outcome, about["levels"]):
         cells, seeds = _of_cells(about, rows, outcome, (last,))
         told = _told(rows, last, outcome.population)
         n_outputs, variances = _outputs(about, rows, outcome, last), []
@@ -744,10 +744,6 @@ def _of_cells(
 def _factors(about: Mapping[str, Any]) -> list[str]:
     levels = about["levels"]
     return list(next(iter(levels.values()))) if levels else []
-
-
-def _of_factor(about: Mapping[str, Any], outcome: Outcome) -> bool:
-    return outcome.factor[0] in _factors(about)
 
 
 def factorial(
@@ -1100,7 +1096,7 @@ def _means(about: Mapping[str, Any], rows: pd.DataFrame, outcome: Outcome) -> st
 
     Of a factor, over the cells where it is high, then over those where it is low.
     """
-    if _of_factor(about, outcome):
+    if of_factor(outcome, about["levels"]):
         last = _last(about, rows, outcome) or 0
         cells, seeds = _of_cells(about, rows, outcome, (0, last))
         level = {arm: about["levels"][arm][outcome.factor[0]] for arm in cells}
@@ -1137,7 +1133,7 @@ def _direction(outcome: Outcome) -> str:
 
 def _of_share(about: Mapping[str, Any], rows: pd.DataFrame, outcome: Outcome) -> str:
     """Says of a factor's effect, which is in log odds, what it is on the share; "" of any other."""
-    if not _of_factor(about, outcome):
+    if not of_factor(outcome, about["levels"]):
         return ""
     found = {e.name: e.interval for e in factorial(about, rows, outcome, of_share=True)}
     return f" log odds; {_interval(found[outcome.factor[0]])} of the share"

@@ -398,15 +398,20 @@ def _arms(file: File) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, in
     return arms, levels
 
 
+def of_factor(outcome: Outcome, levels: Mapping[str, Mapping[str, int]]) -> bool:
+    """Whether an outcome is a factor's effect; `levels` as for `arms_of`."""
+    return any(outcome.factor[0] in level for level in levels.values())
+
+
 def arms_of(outcome: Outcome, levels: Mapping[str, Mapping[str, int]]) -> list[str]:
     """Arms that an outcome takes: those of its contrast; of a factor all, or those where the factor given is high.
 
     Args:
       levels: arm -> level of each factor; empty without factors.
     """
-    factor, held = outcome.factor
-    if not any(factor in level for level in levels.values()):
+    if not of_factor(outcome, levels):
         return list(outcome.terms)
+    _, held = outcome.factor
     return [arm for arm, level in levels.items() if held is None or level[held]]
 
 
@@ -441,8 +446,8 @@ def _problems(sweep: Sweep, place: Callable[..., str]) -> list[str]:
     outcomes += [("exploratory", o) for o in file.exploratory]
     for key, outcome in outcomes:
         factor, held = outcome.factor
-        of_factor = factor in file.factors and held != factor and (held is None or held in file.factors)
-        unknown = [] if of_factor else [arm for arm in outcome.terms if arm not in sweep.arms]
+        known_factor = factor in file.factors and held != factor and (held is None or held in file.factors)
+        unknown = [] if known_factor else [arm for arm in outcome.terms if arm not in sweep.arms]
         known = [*(file.factors if len(outcome.terms) == 1 else ()), *sweep.arms]
         for arm in unknown:
             close = configs._of_known(arm, known)
@@ -471,8 +476,8 @@ def _unmeasured(sweep: Sweep, outcome: Outcome) -> list[str]:
         found.append(f"stratum: unknown stratum {outcome.stratum!r}{configs._of_known(outcome.stratum, STRATA)}")
     elif outcome.population == "probes" and any(outcome.stratum not in (None, *arm.measure.strata) for arm in arms):
         found.append(f"stratum: {outcome.stratum} must be one of measure.strata; add it there")
-    of_factor = outcome.factor[0] in sweep.file.factors
-    if of_factor and len(outcome.parts) > 1:
+    on_log_odds = of_factor(outcome, sweep.levels)
+    if on_log_odds and len(outcome.parts) > 1:
         found.append("metric: a factor is read on the log odds of one share, got a sum; name one metric")
     personas = {*(p for arm in sweep.arms.values() for p in arm.personas), "unknown"}
     for name in outcome.parts:
@@ -500,7 +505,7 @@ def _unmeasured(sweep: Sweep, outcome: Outcome) -> list[str]:
             found.append(f"stratum: {name} of {outcome.population} is not read in {outcome.stratum}; leave it out")
         elif metric.stratum not in ("each", outcome.stratum):
             found.append(f"stratum: {name} is read in {metric.stratum} alone, got {outcome.stratum}; give that")
-        if of_factor and not metric.share:
+        if on_log_odds and not metric.share:
             found.append(f"metric: a factor is read on the log odds of a share, got {name}; name a share")
     return found
 
