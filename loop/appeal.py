@@ -155,7 +155,7 @@ def _compile(path: Path) -> Lexicon:
     import yaml
 
     raw = path.read_bytes()
-    spec = yaml.safe_load(raw)
+    spec = yaml.load(raw, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     valence = vader()
     weights: dict[str, dict[str, float]] = {name: {} for name in LEXICAL}
     for name in LEXICAL:

