@@ -810,7 +810,7 @@ def validate(data: Any, *, origin: dict[tuple[str, ...], str] | None = None, whe
         raise ConfigError([_explain(e, origin or {}, where) for e in in_order]) from None
 
 
-class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
+class _Loader(yaml.SafeLoader):
     """YAML 1.2 in what hurts: `1e-4` is a number, `no` and `off` are text, a key stands once, aliases are few."""
 
 

