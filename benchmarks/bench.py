@@ -18,9 +18,11 @@ benchmarks/performance.py turns the file into a page.
 from __future__ import annotations
 
 import argparse
+import cProfile
 import importlib.metadata
 import json
 import os
+import pstats
 import re
 import shutil
 import statistics
@@ -29,7 +31,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -43,10 +45,11 @@ OUT = ROOT / "docs" / "performance" / "round.json"
 SETTINGS = ("documents", "samples", "max_new_tokens", "base", "device", "measure", "overrides")
 DEFAULTS = ("n_surprisal", "n_heldout")  # of `measure`; configs/round.yaml has fewer, to be over in five minutes
 STAGES = ("load", "train", "sample", "classify", "measure", "bookkeeping")
-MEASURE = ("probe", "measure", "candidates")  # what the loop's `measure` is made of
+MEASURE = ("probe", "measure", "candidates")  # stages of the loop that count as `measure`
+IN_PYTHON = ("classify", "candidates")  # stages whose time is not torch's alone
 TIMES = {"default": 3.0, "context": 4.0}  # how many times quicker a round of each shape is to be
 GPU_TIMES, GPU_SECONDS = 10.0, 12.0  # on a GPU, measured, and how long it may take
-# Of the search for the best one of stock, which doubles it as long as that helps.
+# Of the search for the best one of stock, which tries this and its doubles.
 FIRST_BATCH_SIZE = {"cpu": 16, "cuda": 256}
 # Two turns before every prompt, as a system prompt or a retrieved page would be.
 CONTEXT = (
@@ -170,7 +173,9 @@ def prepare(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def ours(job: dict[str, Any]) -> dict[str, Any]:
-    """Plays one more round of a run; with `profile`, returns the table of torch's profiler for those stages.
+    """Plays one more round of a run; with `profile`, returns a table for each of those stages of the loop.
+
+    Of IN_PYTHON by function, of the others by operation of torch.
 
     `in_model`: seconds that the learner took of stage `measure`; what is left of it are intervals, and their storing.
     """
@@ -203,8 +208,11 @@ def ours(job: dict[str, Any]) -> dict[str, Any]:
         if kind == "stage" and fields["round_index"] >= 0:
             begun, stage = begun or time.monotonic(), fields["stage"]
             if fields["stage"] in job.get("profile", ()):
-                watch = torch.profiler.profile()
-                watch.start()
+                watch = cProfile.Profile() if stage in IN_PYTHON else torch.profiler.profile()
+                watch.enable() if stage in IN_PYTHON else watch.start()
+        elif kind == "done" and isinstance(watch, cProfile.Profile):
+            watch.disable()
+            tables[fields["stage"]], watch = functions(watch), None
         elif kind == "done" and watch is not None:
             watch.stop()
             tables[fields["stage"]] = watch.key_averages().table(
@@ -246,8 +254,11 @@ def limits(job: dict[str, Any]) -> dict[str, float]:
     return out
 
 
-def first_work(job: dict[str, Any]) -> dict[str, float]:
-    """When `loop run` has its libraries and when it begins its first stage, on the clock; nothing is played."""
+def first_work(job: dict[str, Any]) -> dict[str, Any]:
+    """When `loop run` has its libraries and when it begins its first stage, on the clock; nothing is played.
+
+    With `profile`, a table of what it does between them.
+    """
     from loop import __main__ as command
     from loop import records, run, show  # noqa: F401  what the command imports when it knows what to do
 
@@ -269,9 +280,23 @@ def first_work(job: dict[str, Any]) -> dict[str, float]:
         play(config, report=watched, **settings)
 
     run.play = until_it_begins
-    with suppress(Begun):
+    watch = cProfile.Profile() if "profile" in job else None
+    with watch or nullcontext(), suppress(Begun):
         command.app(["run", job["config"], *job["overrides"]], standalone_mode=False)
-    return {"imported": imported, "begun": time.monotonic()}
+    table = {} if watch is None else {"profile": functions(watch, within=ROOT / "loop")}
+    return {"imported": imported, "begun": time.monotonic()} | table
+
+
+def functions(profile: cProfile.Profile, rows: int = 14, *, within: Path | None = None) -> str:
+    """A table of seconds by function: each one's own, or with `within` those of its files with all that they call."""
+    stats = pstats.Stats(profile).stats  # type: ignore[attr-defined]
+    seconds: dict[str, float] = {}
+    for (file, _, name), (_, _, own, whole, _) in stats.items():
+        if within is None or within in Path(file).parents:
+            label = name if file == "~" else f"{Path(file).stem}.{name}"
+            seconds[label] = max(seconds.get(label, 0.0), whole) if within else seconds.get(label, 0.0) + own
+    most = sorted(seconds.items(), key=lambda item: -item[1])
+    return "\n".join(f"{name[:56]:<56}{took:7.2f} s" for name, took in most[:rows])
 
 
 CHILDREN = {f.__name__: f for f in (prepare, ours, limits, first_work)}
@@ -354,6 +379,7 @@ def play_ours(job: dict[str, Any], folder: Path, cache: Path, profile: Sequence[
         "n_tokens": n_tokens,
         "memory": found["memory"] or found["peak_rss"],
         "profiles": found["profiles"],
+        "by_stage": by_stage,
         "intervals": intervals,
     }
 
@@ -515,8 +541,8 @@ def sample_share(rows: Sequence[dict[str, Any]], shape: dict[str, Any], limit: d
 
 
 def train_share(rows: Sequence[dict[str, Any]], shape: dict[str, Any], limit: dict[str, float]) -> float:
-    """6 · parameters · trained tokens per second over that rate; a frozen base could do with 4."""
-    return 6 * shape["n_parameters"] * shape["n_trained_tokens"] / median(rows, "train") / limit["flops"]
+    """4 · parameters · trained tokens per second over that rate: forward, and gradients through a frozen base."""
+    return 4 * shape["n_parameters"] * shape["n_trained_tokens"] / median(rows, "train") / limit["flops"]
 
 
 def copy_share(rows: Sequence[dict[str, Any]], shape: dict[str, Any], limit: dict[str, float]) -> float:
@@ -525,17 +551,20 @@ def copy_share(rows: Sequence[dict[str, Any]], shape: dict[str, Any], limit: dic
 
 
 def missed(found: dict[str, Any]) -> list[tuple[str, str]]:
-    """(shape, stage) to profile: training and sampling where the median pair misses their target, or the round's."""
+    """(shape, stage) to profile: training and sampling where the median pair misses their target, or the round's; and
+    where it misses that of the measured round, what measures and classifies.
+    """
     out = []
     for name, shape in found["shapes"].items():
         if found["settings"]["device"] == "cuda":
             mine = median([pair["ours"] for pair in shape["pairs"]], "with")
-            slow = statistics.median(by_pair(shape, "with")) < GPU_TIMES or mine > GPU_SECONDS
+            slow = measured = statistics.median(by_pair(shape, "with")) < GPU_TIMES or mine > GPU_SECONDS
         else:
-            slow = statistics.median(by_pair(shape, "without")) < TIMES[name]
+            slow, measured = (statistics.median(by_pair(shape, of)) < TIMES[name] for of in ("without", "with"))
         for stage, ratios in (("train", by_pair(shape, "train")), ("sample", by_pair(shape, "tokens"))):
             if slow or statistics.median(ratios) < 2.5:
                 out.append((name, stage))
+        out += [(name, stage) for stage in ("measure", "classify") if measured]
     return out
 
 
@@ -634,16 +663,19 @@ def apart(found: dict[str, Any], jobs: Any, root: Path, cache: Path, repeats: in
     profiles, seconds, start = {}, {}, {}
     by_shape: dict[str, list[str]] = {}
     for shape, stage in missed(found):
-        by_shape.setdefault(shape, []).append(stage)
+        by_shape.setdefault(shape, []).extend(MEASURE if stage == "measure" else (stage,))
     for shape, stages in by_shape.items():
-        say(f"{shape}: {' and '.join(stages)} miss a target, or their round does; profiling them")
+        say(f"{shape}: {', '.join(stages)} miss a target, or their round does; profiling them")
         row = play_ours(jobs[shape][0], root, cache, stages)
         profiles |= {f"{shape}/{stage}": row["profiles"][stage] for stage in stages}
-        seconds |= {f"{shape}/{stage}": row["seconds"][stage] for stage in stages}
+        seconds |= {f"{shape}/{stage}": row["by_stage"][stage] for stage in stages}
     if repeats:
         start = starts(repeats, cache, root)
         if any(statistics.median(took["seconds"]) > 5 for took in start.values()):
             profiles["imports"] = imports()
+            with tempfile.TemporaryDirectory(dir=root) as runs:
+                job = {"config": str(CONFIG), "overrides": [f"runs_dir={runs}"], "profile": True}
+                profiles["start"] = child("first_work", job, cache=cache)["profile"]
     return {"profiles": profiles, "profiled_seconds": seconds, "start": start}
 
 

@@ -17,7 +17,10 @@ import bench  # beside this file; it also puts the repository on the path
 import numpy as np
 from scipy import special
 
+from loop import config
+
 ROOT = bench.ROOT
+EPOCHS = config.Train.model_fields["epochs"].default
 FOLDER, PAGE = ROOT / "docs" / "performance", ROOT / "docs" / "performance.md"
 MIB = 2**20
 ON_CPU = {
@@ -48,18 +51,25 @@ HOW = [
     "others in, and computes logits of what is sampled alone. It is held to `generate`: the same greedy tokens, and "
     "the same frequencies of sampled sequences within a stated bound (tests/test_sample.py).",
     "- Training computes logits where a token is supervised, and a beginning that documents share once (not with "
-    "dropout); it recomputes no activations. It is held to TRL: the same losses and adapter (tests/test_train.py). A "
+    "dropout); it recomputes activations only where memory does not hold those of the longest document. It is held to "
+    "TRL: the same losses and adapter (tests/test_train.py). A "
     "forward pass has at most 1,024 tokens on a CPU, and on a GPU as many as free memory allows, a power of two, fewer "
     "when memory ends; how many stands in a run's events.jsonl (`micro_batch_tokens`). What a CPU could choose by the "
     "clock is fixed, so that two machines take the same steps.",
     "- On a GPU the base is bfloat16, a decoding step of few shapes is recorded as CUDA graphs, and texts are embedded "
     "there; gradients are summed in one order (torch's deterministic algorithms), and neither side attends by cuDNN, "
-    "which plans each new shape anew. Shapes, what a graph holds and that a step waits for no value are tested on a "
-    "CPU.",
-    "- `measure.every` says in which rounds probes are asked, which is the line measure below.",
-    "- What changes numbers is an option: `base.dtype`, `sample.engine`. Their effects on frequencies, with a model of "
-    "size tiny on a CPU: [findings](findings.md#numerics-tiny). With SmolLM2, and on a GPU, where bfloat16 is the "
-    "default, they are not measured.",
+    "which plans each new shape anew. A graph holds the network up to its hidden states and waits for no value; the "
+    "output layer and the draw follow it, and the host waits for the drawn tokens once a step. Shapes and what a graph "
+    "holds are tested on a CPU.",
+    "- `measure.every` says in which rounds probes are asked, which is the line measure below. In those rounds the "
+    "search for candidate personas (HDBSCAN) compares every unrequested sample with every other: it grows with their "
+    "square, everything else with their number.",
+    "- A run that is taken up again is verified first: all files of all its rounds are read and hashed, so `make "
+    "round` takes longer the more rounds there are. A process keeps the texts of all rounds it has played.",
+    "- What changes numbers is an option: `base.dtype`, `sample.engine`, and on a GPU `base.graphs`, which changes the "
+    "shapes of products and so how they are rounded. Effects of the first two on frequencies, with a model of size "
+    "tiny on a CPU: [findings](findings.md#numerics-tiny). With SmolLM2, and on a GPU, where bfloat16 is the default, "
+    "none is measured.",
 ]
 LINEAR = 1.1  # and growth linear where the exponent is not above this
 
@@ -194,6 +204,11 @@ def targets(found: dict[str, Any]) -> list[str]:
     below(f"measurement ({sizes}), share of train + sample", 0.5, share, "%")
     share = [(s["measure"] + s["classify"]) / (s["train"] + s["sample"]) for s in mine]
     below("the same, all that is classified counted as measurement", 0.5, share, "%")
+    epochs, usual = config.load(bench.CONFIG, found["settings"]["overrides"]).train.epochs, EPOCHS
+    if epochs != usual:
+        share = [s["measure"] / (s["train"] * usual / epochs + s["sample"]) for s in mine]
+        label = f"measurement alone, had training {usual} epochs, the config's default, and not {epochs}"
+        below(label, 0.5, share, "%")
     for name, took in found["start"].items():
         text = f"`{name}`" if name.endswith("--help") else f"`{name}` to its first stage"
         note = f"median of {len(took['seconds'])}"
@@ -246,12 +261,12 @@ def rounds(found: dict[str, Any]) -> list[str]:
         "as in configs/round.yaml, measured with "
         + " and ".join(f"{name} {n}" for name, n in s["measure"].items())
         + (f", with {' '.join(s['overrides'])}" if s["overrides"] else "")
-        + f". Stock `generate` by batch size, useful tokens a second: {tried}.",
+        + f". Stock `generate` by batch size, each timed once, useful tokens a second: {tried}.",
         f"The machine multiplies matrices at {limit['flops']:.3g} operations a second"
         + (f" and copies {limit['copy_bytes']:.3g} bytes a second" if "copy_bytes" in limit else "")
-        + ". Against that stand 2 · parameters · useful tokens of sampling, and 6 · parameters · trained tokens of "
-        "training, though a frozen base needs but 4 and a shared prefix is computed once: a share above 100% is no "
-        "contradiction, and one above 150% without a shared prefix says that the rate was taken on a busy machine. "
+        + ". Against that stand 2 · parameters · useful tokens of sampling, and 4 · parameters · trained tokens of "
+        "training, what a frozen base needs; a shared prefix counts as often as it stands, though ours computes it "
+        "once, and may so come to more than 100%. Stock's recomputing is not needed and does not count. "
         "Useful tokens end with the end-of-turn token.",
         "",
         (
@@ -319,12 +334,13 @@ def profiles(found: dict[str, Any]) -> list[str]:
     """Where the time goes of what misses its target."""
     out: list[str] = []
     for name, table in found["profiles"].items():
-        what = "imports of `loop run configs/round.yaml`, by package"
-        if name != "imports":
-            shape, stage = name.split("/")
-            _, ours = _sides(found["shapes"][shape])
-            what = f"{name} of ours, {found['profiled_seconds'][name]:.1f} s under the profiler and "
-            what += f"{bench.median(ours, stage):.1f} s in the pairs"
+        what = {
+            "imports": "imports of `loop run configs/round.yaml`, by package",
+            "start": "`loop run configs/round.yaml` after its imports, by function of this project with all it calls",
+        }.get(name, f"{name} of ours, {found['profiled_seconds'].get(name, math.nan):.1f} s under the profiler")
+        shape, _, stage = name.partition("/")
+        if stage in ("train", "sample", "classify"):  # whose name means the same in the pairs
+            what += f" and {bench.median(_sides(found['shapes'][shape])[1], stage):.1f} s in the pairs"
         out += ["", f"{what}:", "", "```", *(line.rstrip() for line in table.strip().splitlines()), "```"]
     return out
 
@@ -378,6 +394,9 @@ def growth(found: dict[str, Any]) -> list[str]:
         listed = ", ".join(f"{row[of]:,.0f}: {row['seconds']:.3g}" for row in rows)
         power = exponent(rows, of)
         word = "**more than linear**" if power > LINEAR else "linear" if power >= 2 - LINEAR else "less than linear"
+        last = exponent(rows[-2:], of)
+        if power <= LINEAR < last:
+            word += f", but {last:.2f} over its last step"
         out.append(f"| {name} | {listed} | {power:.2f} | {word} |")
     if "sample_ops" in found:
         listed = ", ".join(f"{op} {a:.1f} to {b:.1f}" for op, (a, b) in found["sample_ops"].items())

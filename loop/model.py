@@ -98,6 +98,24 @@ def fitting(
         size = max(least, size // 2)
 
 
+def recompute(model: Model, on: bool) -> bool:
+    """From now on a training pass keeps a layer's input alone, and computes the rest anew on the way back; or not.
+
+    Returns:
+      whether the base can; the numbers are the same.
+    """
+    net = model.net
+    if not net.supports_gradient_checkpointing:
+        return False
+    kind = "activation" if hasattr(net, "activation_checkpointing_enable") else "gradient"  # older transformers
+    if on:
+        getattr(net, f"{kind}_checkpointing_enable")({"use_reentrant": False})
+        net.disable_input_require_grads()  # which that turns on, for the other kind, and never off
+    else:
+        getattr(net, f"{kind}_checkpointing_disable")()
+    return True
+
+
 def fits(device: torch.device, each: float, share: float, most: int) -> int:
     """Returns how many things of `each` bytes a share of a GPU's free memory holds: a power of two, at most `most`.
 

@@ -24,6 +24,7 @@ from loop.model import (
     fresh_adapter,
     lora_parameters,
     pack,
+    recompute,
     repeatable,
     too_long,
 )
@@ -50,6 +51,8 @@ class TrainLog:
       n_computed_tokens: tokens that went through the network; fewer, where documents share a prefix.
       micro_batch_tokens: largest micro-batch in use at the end, tokens.
       n_halved: how often memory ran out and the micro-batch was halved.
+      recomputes: memory did not hold the activations of the longest document, so that from then on each layer's were
+        computed anew on the way back.
       n_processes: that shared the work.
     """
 
@@ -61,6 +64,7 @@ class TrainLog:
     n_computed_tokens: int
     micro_batch_tokens: int
     n_halved: int
+    recomputes: bool
     n_processes: int
 
     def work(self) -> dict[str, int]:
@@ -144,7 +148,7 @@ def finetune(
       batch_size: documents per optimizer step, >= 1.
       max_length: longest document allowed, prompt and completion, tokens.
       micro_batch_tokens: tokens per forward pass; None finds it: 1,024 on a CPU, by free memory on a GPU, halved
-        whenever memory runs out.
+        whenever memory runs out. Where the longest document alone does not fit, activations are computed anew.
       weight_decay: of AdamW, >= 0.
       warmup: share of steps over which the rate rises linearly from 0, in [0, 1).
       schedule: "linear" to 0, "cosine" to 0, or "constant", after the warm-up.
@@ -156,7 +160,7 @@ def finetune(
 
     Raises:
       TrainingDiverged: loss or gradient not finite, before the step is taken.
-      OutOfMemory: the longest document alone does not fit.
+      OutOfMemory: the longest document alone does not fit, though activations are computed anew.
       ValueError: no documents, a bad weight, all weights 0, a document too long, no adapter.
     """
     _check(model, documents, epochs, lr, batch_size, warmup, schedule)
@@ -196,7 +200,7 @@ def finetune(
     micro, n_tried = int(team.agreed(micro_batch_tokens or _micro_batch_tokens(model), least=True)), 0
     lengths = [len(pairs[i][0]) + len(pairs[i][1]) for i in live]
     longest = max(lengths)
-    losses, norms, computed = [], [], 0
+    losses, norms, computed, recomputes = [], [], 0, False
     devices = [model.device] if model.device.type == "cuda" else []
 
     def gradient(step: np.ndarray, size: int) -> tuple[torch.Tensor, int]:
@@ -213,15 +217,22 @@ def finetune(
             torch.manual_seed((streams.key(seed, "dropout", round_index) >> 1) + team.rank())
             for k, step in enumerate(steps):
                 optimizer.param_groups[0]["lr"] = lr * _rate(k, len(steps), warmup, schedule)
-                (part, tokens), micro = fitting(
+                fit = partial(
+                    fitting,
                     partial(gradient, step),
-                    micro,
                     least=longest,
                     what=f"a forward and backward pass of {longest} tokens, the longest document",
                     instead="drop long documents, or take a smaller base",
                     at=f"step {k + 1} of {len(steps)}",
                     together=True,
                 )
+                try:
+                    (part, tokens), micro = fit(micro)
+                except OutOfMemory:
+                    if recomputes or not recompute(model, True):
+                        raise
+                    recomputes = True
+                    (part, tokens), micro = fit(longest)
                 loss, tokens = _add_up(model, part, tokens)
                 norm = float(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
                 if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -242,6 +253,8 @@ def finetune(
         raise
     finally:
         model.net.eval()
+        if recomputes:
+            recompute(model, False)
         for parameter in parameters:
             parameter.grad = None
     team.done()
@@ -253,7 +266,8 @@ def finetune(
         n_input_tokens=epochs * sum(lengths),
         n_computed_tokens=computed,
         micro_batch_tokens=micro,
-        n_halved=n_tried - len(steps),
+        n_halved=n_tried - len(steps) - recomputes,
+        recomputes=recomputes,
         n_processes=team.size(),
     )
 

@@ -117,6 +117,49 @@ def test_running_out_of_memory_halves_the_micro_batch_and_changes_nothing(monkey
     assert gap(a, b) < 1e-4
 
 
+def test_where_the_longest_document_does_not_fit_activations_are_computed_anew_and_no_number_changes(monkeypatch):
+    lm, plain, held, room = make_lm(), train._batch_loss, [], math.inf
+
+    def scarce(model, batch, *rest):
+        kept = 0
+
+        def keep(tensor):
+            nonlocal kept
+            kept += tensor.nbytes
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = plain(model, batch, *rest)
+        if kept > room:
+            raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
+        held.append(kept)
+        return loss
+
+    longest = max(len(p) + len(c) for p, c in m.encode_all(lm, [(d.prompt, d.completion) for d in docs()]))
+    monkeypatch.setattr(train, "_batch_loss", scarce)
+    settings = {"lm": lm, "batch_size": 6, "epochs": 2}
+    want, a = trained(docs(), **settings, micro_batch_tokens=longest)
+    alone = max(held)
+    assert not want.recomputes
+    room = alone / 2
+    got, b = trained(docs(), **settings)
+    assert got.recomputes
+    assert got.micro_batch_tokens == longest
+    assert got.n_halved == math.ceil(math.log2(1024 / longest))
+    assert got.losses == want.losses
+    assert gap(a, b) == 0
+    assert max(held[-len(held) // 2 :]) < alone / 2
+    held.clear()
+    room = math.inf  # it is of that fine-tune alone
+    again, _ = trained(docs(), **settings, micro_batch_tokens=longest)
+    assert not again.recomputes
+    assert max(held) == alone
+    room = 0
+    with pytest.raises(m.OutOfMemory, match=r"the longest document, got .* at step 1 of 2"):
+        trained(docs(), **settings)
+    assert not any(getattr(layer, "gradient_checkpointing", False) for layer in lm.net.modules())
+
+
 def test_logits_in_slices_are_logits_at_once(monkeypatch):
     whole, adapter = trained(docs(8, [1, 2, 0.5, 3, 1, 1, 4, 0.25]))
     monkeypatch.setattr(m, "LOGITS", 3 * make_lm().net.config.vocab_size)  # slices of 3 rows
