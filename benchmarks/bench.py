@@ -46,7 +46,7 @@ SETTINGS = ("documents", "samples", "max_new_tokens", "base", "device", "measure
 DEFAULTS = ("n_surprisal", "n_heldout")  # of `measure`; configs/round.yaml has fewer, to be over in five minutes
 STAGES = ("load", "train", "sample", "classify", "measure", "bookkeeping")
 MEASURE = ("probe", "measure", "candidates")  # stages of the loop that count as `measure`
-IN_PYTHON = ("classify", "candidates")  # stages whose time is not torch's alone
+IN_PYTHON = ("classify", "candidates")  # stages of which torch's own operations tell little
 TIMES = {"default": 3.0, "context": 4.0}  # how many times quicker a round of each shape is to be
 GPU_TIMES, GPU_SECONDS = 10.0, 12.0  # on a GPU, measured, and how long it may take
 # Of the search for the best one of stock, which tries this and its doubles.
@@ -175,7 +175,7 @@ def prepare(job: dict[str, Any]) -> dict[str, Any]:
 def ours(job: dict[str, Any]) -> dict[str, Any]:
     """Plays one more round of a run; with `profile`, returns a table for each of those stages of the loop.
 
-    Of IN_PYTHON by function, of the others by operation of torch.
+    Of IN_PYTHON by function, on one thread for Python's profiler sees no other; of the others by operation of torch.
 
     `in_model`: seconds that the learner took of stage `measure`; what is left of it are intervals, and their storing.
     """
@@ -183,7 +183,7 @@ def ours(job: dict[str, Any]) -> dict[str, Any]:
 
     run = _world(job["shape"])
     begun, tables, watch, stage = None, {}, None, ""
-    in_model, build = 0.0, run.build
+    in_model, build, threads = 0.0, run.build, torch.get_num_threads()
 
     def timed(call: Callable[..., Any]) -> Callable[..., Any]:
         def wrapped(*args: Any, **given: Any) -> Any:
@@ -209,9 +209,14 @@ def ours(job: dict[str, Any]) -> dict[str, Any]:
             begun, stage = begun or time.monotonic(), fields["stage"]
             if fields["stage"] in job.get("profile", ()):
                 watch = cProfile.Profile() if stage in IN_PYTHON else torch.profiler.profile()
-                watch.enable() if stage in IN_PYTHON else watch.start()
+                if stage in IN_PYTHON:
+                    torch.set_num_threads(1)
+                    watch.enable()
+                else:
+                    watch.start()
         elif kind == "done" and isinstance(watch, cProfile.Profile):
             watch.disable()
+            torch.set_num_threads(threads)
             tables[fields["stage"]], watch = functions(watch), None
         elif kind == "done" and watch is not None:
             watch.stop()
@@ -609,6 +614,7 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
                 "shared_prompts": stock_job["shared_prompts"],
                 "n_parameters": stock_job["n_parameters"],
                 "n_trained_tokens": stock_job["tokens_per_epoch"] * stock_job["train"]["epochs"],
+                "epochs": stock_job["train"]["epochs"],
                 "max_new_tokens": args.max_new_tokens,
                 "pairs": [],
             }
@@ -651,6 +657,8 @@ def again(args: argparse.Namespace) -> dict[str, Any]:
         root = Path(scratch)
         cache = private_cache(root)
         jobs = prepared(args, root, cache)
+        for shape, (_, stock_job) in jobs.items():  # which older files do not hold
+            found["shapes"][shape]["epochs"] = stock_job["train"]["epochs"]
         row = play_ours(jobs["default"][0], root, cache)
         say(f"default: ours {sum(row['seconds'].values()):.1f} s")
         found |= {"intervals": [row["intervals"]], "again": _revision()}

@@ -20,7 +20,6 @@ from scipy import special
 from loop import config
 
 ROOT = bench.ROOT
-EPOCHS = config.Train.model_fields["epochs"].default
 FOLDER, PAGE = ROOT / "docs" / "performance", ROOT / "docs" / "performance.md"
 MIB = 2**20
 ON_CPU = {
@@ -43,6 +42,7 @@ GPU_ROUNDS = (  # file, what it holds, what it is taken with
     ("round-cuda-1.7b", "1.7 B parameters, random weights", ON_GPU | {"base": "random-1.7b"}),
 )
 SHORT = 20  # rounds after which the memory of a tiny run is to be flat
+BUSY = 1.25  # times as long as in the median pair, and the machine was doing something else
 FLAT = 0.1  # a run is called flat where its change from end to end is shown to be smaller than this share
 HOW = [
     "## What is done, and what it is held to",
@@ -204,7 +204,7 @@ def targets(found: dict[str, Any]) -> list[str]:
     below(f"measurement ({sizes}), share of train + sample", 0.5, share, "%")
     share = [(s["measure"] + s["classify"]) / (s["train"] + s["sample"]) for s in mine]
     below("the same, all that is classified counted as measurement", 0.5, share, "%")
-    epochs, usual = config.load(bench.CONFIG, found["settings"]["overrides"]).train.epochs, EPOCHS
+    epochs, usual = default["epochs"], config.Train.model_fields["epochs"].default
     if epochs != usual:
         share = [s["measure"] / (s["train"] * usual / epochs + s["sample"]) for s in mine]
         label = f"measurement alone, had training {usual} epochs, the config's default, and not {epochs}"
@@ -284,6 +284,7 @@ def rounds(found: dict[str, Any]) -> list[str]:
     for name, shape in found["shapes"].items():
         out += bench.lines(name, shape, limit)
     out.append("```")
+    out += unquiet(found)
     if "again" in found:
         out += ["", f"Profiles, starts and the seconds of intervals were taken again by revision {found['again']}."]
     mine = {stage: bench.median(ours, stage) for stage in (*bench.STAGES, "without")}
@@ -305,6 +306,22 @@ def rounds(found: dict[str, Any]) -> list[str]:
         f"would have to take {bench.median(stock, 'without') / 3 - rest:.1f} s.",
     ]
     return out
+
+
+def unquiet(found: dict[str, Any]) -> list[str]:
+    """Which pairs were taken beside other work: a side trains on the same documents in all, so in the same time."""
+    told = []
+    for name, shape in found["shapes"].items():
+        for side in ("stock", "ours"):
+            seconds = [pair[side]["seconds"]["train"] for pair in shape["pairs"]]
+            middle = statistics.median(seconds)
+            told += [
+                f"{name}, pair {k}: {side} trained for {took:.0f} s, in the median pair for {middle:.0f}"
+                for k, took in enumerate(seconds, 1)
+                if took > BUSY * middle
+            ]
+    said = "The machine was not quiet in these pairs, whose ratios say less than those of the others"
+    return ["", f"{said}: {'; '.join(told)}."] if told else []
 
 
 def tuned(found: dict[str, Any]) -> list[str]:
@@ -341,6 +358,8 @@ def profiles(found: dict[str, Any]) -> list[str]:
         shape, _, stage = name.partition("/")
         if stage in ("train", "sample", "classify"):  # whose name means the same in the pairs
             what += f" and {bench.median(_sides(found['shapes'][shape])[1], stage):.1f} s in the pairs"
+        if stage in bench.IN_PYTHON:
+            what += ", by function, on one thread for the profiler"
         out += ["", f"{what}:", "", "```", *(line.rstrip() for line in table.strip().splitlines()), "```"]
     return out
 

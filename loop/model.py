@@ -101,15 +101,18 @@ def fitting(
 def recompute(model: Model, on: bool) -> bool:
     """From now on a training pass keeps a layer's input alone, and computes the rest anew on the way back; or not.
 
+    The numbers are the same, but for where the draws of dropout stand.
+
     Returns:
-      whether the base can; the numbers are the same.
+      whether the base can.
     """
     net = model.net
-    if not net.supports_gradient_checkpointing:
-        return False
     kind = "activation" if hasattr(net, "activation_checkpointing_enable") else "gradient"  # older transformers
     if on:
-        getattr(net, f"{kind}_checkpointing_enable")({"use_reentrant": False})
+        try:
+            getattr(net, f"{kind}_checkpointing_enable")({"use_reentrant": False})
+        except ValueError:  # so transformers says it
+            return False
         net.disable_input_require_grads()  # which that turns on, for the other kind, and never off
     else:
         getattr(net, f"{kind}_checkpointing_disable")()

@@ -232,7 +232,7 @@ def finetune(
                     if recomputes or not recompute(model, True):
                         raise
                     recomputes = True
-                    (part, tokens), micro = fit(longest)
+                    (part, tokens), micro = fit(min(micro, longest))
                 loss, tokens = _add_up(model, part, tokens)
                 norm = float(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
                 if not (math.isfinite(loss) and math.isfinite(norm)):

@@ -60,6 +60,7 @@ def written(folder, *, ours_train):
     pairs = [{"stock": a, "ours": b} for a, b in zip(stock, ours, strict=True)]
     pairs[0]["tuned"] = row((0, 6, 0, 0, 0, 0), 1)
     shape = {"shared": 0.5, "shared_prompts": 0.5, "n_parameters": 10**8, "n_trained_tokens": 5000, "pairs": pairs}
+    shape["epochs"] = 3
     machine = {"cpu": "c", "cores": 2, "packages": {"torch": "1"}, "revision": "r"}
     found = {
         "settings": performance.ON_CPU | {"measure": {"n_surprisal": 8}},
@@ -155,6 +156,9 @@ def test_a_target_is_called_reached_exactly_where_the_median_pair_reaches_it(tmp
     assert "would have to take 3.3 s" in page
     # Of stock the first pair alone is measured, so its memory alone counts.
     assert f"  {'peak GiB, measured':<22}{1:9.2f}{1:9.2f}" in page.splitlines()
+    # Of 10, 12 and 7 s of stock the median is 10 and the limit 12.5; of 4, 3 and 6 s of ours it is 5.
+    assert page.count("default, pair 3: ours trained for 6 s, in the median pair for 4") == 1
+    assert "pair 2: stock" not in page
     assert page.count("| not measured | `python benchmarks/bench.py --device cuda ") == 2
     written(tmp_path, ours_train=4.1)
     assert "| training | ≥ 2.5 times | 2.44 | **not reached**, 1 of 3 reach it |" in performance.page(tmp_path)
