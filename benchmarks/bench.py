@@ -671,7 +671,7 @@ def apart(found: dict[str, Any], jobs: Any, root: Path, cache: Path, repeats: in
     profiles, seconds, start = {}, {}, {}
     by_shape: dict[str, list[str]] = {}
     for shape, stage in missed(found):
-        by_shape.setdefault(shape, []).extend(MEASURE if stage == "measure" else (stage,))
+        by_shape.setdefault(shape, []).extend(MEASURE[1:] if stage == "measure" else (stage,))  # probes are sampled
     for shape, stages in by_shape.items():
         say(f"{shape}: {', '.join(stages)} miss a target, or their round does; profiling them")
         row = play_ours(jobs[shape][0], root, cache, stages)

@@ -42,7 +42,7 @@ GPU_ROUNDS = (  # file, what it holds, what it is taken with
     ("round-cuda-1.7b", "1.7 B parameters, random weights", ON_GPU | {"base": "random-1.7b"}),
 )
 SHORT = 20  # rounds after which the memory of a tiny run is to be flat
-BUSY = 1.25  # times as long as in the median pair, and the machine was doing something else
+BUSY = 1.25  # times as long as in the median pair, and a pair is left out
 FLAT = 0.1  # a run is called flat where its change from end to end is shown to be smaller than this share
 HOW = [
     "## What is done, and what it is held to",
@@ -111,7 +111,31 @@ def read(path: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
             f"{path} must have three pairs of a shape or more, got fewer of {', '.join(few)}; take it again: "
             f"{command(settings, path.stem)}"
         )
+    found["busy"] = [line for name, shape in found["shapes"].items() for line in leave_out_busy(name, shape)]
     return found
+
+
+def leave_out_busy(name: str, shape: dict[str, Any]) -> list[str]:
+    """Takes those pairs out of a shape in which a side was held up, and returns what they were, a line each.
+
+    A side trains on the same documents in every pair: what takes it BUSY times as long as in its median pair is other
+    work of the machine. Which side that would flatter plays no part.
+    """
+    kept, out = [], []
+    for k, pair in enumerate(shape["pairs"], 1):
+        held_up = []
+        for side in ("stock", "ours"):
+            middle = statistics.median(other[side]["seconds"]["train"] for other in shape["pairs"])
+            took = pair[side]["seconds"]["train"]
+            if took > BUSY * middle:
+                held_up.append(f"{side} trained for {took:.0f} s, in its median pair for {middle:.0f}")
+        if held_up:
+            ratio = bench.by_pair({"pairs": [pair]}, "without")[0]
+            out.append(f"{name}, pair {k} ({' and '.join(held_up)}; the round not measured {ratio:.2f} times as fast)")
+        else:
+            kept.append(pair)
+    shape["pairs"] = kept
+    return out
 
 
 def exponent(rows: Sequence[dict[str, float]], of: str) -> float:
@@ -204,7 +228,8 @@ def targets(found: dict[str, Any]) -> list[str]:
     below(f"measurement ({sizes}), share of train + sample", 0.5, share, "%")
     share = [(s["measure"] + s["classify"]) / (s["train"] + s["sample"]) for s in mine]
     below("the same, all that is classified counted as measurement", 0.5, share, "%")
-    epochs, usual = default["epochs"], config.Train.model_fields["epochs"].default
+    usual = config.Train.model_fields["epochs"].default
+    epochs = default.get("epochs") or config.load(bench.CONFIG, found["settings"]["overrides"]).train.epochs
     if epochs != usual:
         share = [s["measure"] / (s["train"] * usual / epochs + s["sample"]) for s in mine]
         label = f"measurement alone, had training {usual} epochs, the config's default, and not {epochs}"
@@ -284,7 +309,8 @@ def rounds(found: dict[str, Any]) -> list[str]:
     for name, shape in found["shapes"].items():
         out += bench.lines(name, shape, limit)
     out.append("```")
-    out += unquiet(found)
+    if found.get("busy"):
+        out += ["", f"Left out, for the machine was not quiet: {'; '.join(found['busy'])}."]
     if "again" in found:
         out += ["", f"Profiles, starts and the seconds of intervals were taken again by revision {found['again']}."]
     mine = {stage: bench.median(ours, stage) for stage in (*bench.STAGES, "without")}
@@ -306,22 +332,6 @@ def rounds(found: dict[str, Any]) -> list[str]:
         f"would have to take {bench.median(stock, 'without') / 3 - rest:.1f} s.",
     ]
     return out
-
-
-def unquiet(found: dict[str, Any]) -> list[str]:
-    """Which pairs were taken beside other work: a side trains on the same documents in all, so in the same time."""
-    told = []
-    for name, shape in found["shapes"].items():
-        for side in ("stock", "ours"):
-            seconds = [pair[side]["seconds"]["train"] for pair in shape["pairs"]]
-            middle = statistics.median(seconds)
-            told += [
-                f"{name}, pair {k}: {side} trained for {took:.0f} s, in the median pair for {middle:.0f}"
-                for k, took in enumerate(seconds, 1)
-                if took > BUSY * middle
-            ]
-    said = "The machine was not quiet in these pairs, whose ratios say less than those of the others"
-    return ["", f"{said}: {'; '.join(told)}."] if told else []
 
 
 def tuned(found: dict[str, Any]) -> list[str]:
@@ -520,7 +530,7 @@ def page(folder: Path) -> str:
         out += ["On CPU cores: not measured yet; `make bench` does on a quiet machine.", ""]
     else:
         out += [
-            f"| on {found['machine']['cores']} CPU cores, median over the pairs | target | reached | | by pair |",
+            f"| on {found['machine']['cores']} CPU cores, median over the quiet pairs | target | reached | | by pair |",
             "|---|---|---|---|---|",
             *targets(found),
             "",
