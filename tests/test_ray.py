@@ -141,7 +141,8 @@ def command(path, runs, *arguments):
 def played_on(node, runs):
     """A cell that a node is amidst, past round 0, its process halted for good; None if there is none."""
     for lock in runs.glob("*/.lock"):
-        with suppress(ValueError, KeyError, ProcessLookupError):  # the lock is only just being taken, or is let go
+        # The lock is only just being taken, is let go, or was that of a run that has its own name since.
+        with suppress(ValueError, KeyError, ProcessLookupError, FileNotFoundError):
             pid = json.loads(lock.read_text())["pid"]
             if (lock.parent / "round_000").exists() and os.getsid(pid) == node.process.pid:
                 os.kill(pid, signal.SIGSTOP)  # what is seen from here on stays true until the kill
