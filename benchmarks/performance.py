@@ -229,7 +229,7 @@ def targets(found: dict[str, Any]) -> list[str]:
     share = [(s["measure"] + s["classify"]) / (s["train"] + s["sample"]) for s in mine]
     below("the same, all that is classified counted as measurement", 0.5, share, "%")
     usual = config.Train.model_fields["epochs"].default
-    epochs = default.get("epochs") or config.load(bench.CONFIG, found["settings"]["overrides"]).train.epochs
+    epochs = default["epochs"]
     if epochs != usual:
         share = [s["measure"] / (s["train"] * usual / epochs + s["sample"]) for s in mine]
         label = f"measurement alone, had training {usual} epochs, the config's default, and not {epochs}"
