@@ -443,19 +443,19 @@ def starts(repeats: int, cache: Path, folder: Path) -> dict[str, dict[str, list[
 
 
 def machine(device: str) -> dict[str, Any]:
-    """What the figures were taken on."""
+    """What the figures were taken on; `cpu` with the vector instructions that torch uses, one name having several."""
+    import torch
+
     from loop.run import _revision
 
     names = [line.split(":", 1)[1].strip() for line in _cpu_lines() if line.startswith("model name")]
     out = {
-        "cpu": names[0] if names else "unknown",
+        "cpu": f"{names[0] if names else 'unknown'} ({torch.backends.cpu.get_cpu_capability()})",
         "cores": len(os.sched_getaffinity(0)),
         "packages": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft", "trl")},
         "revision": _revision("benchmarks"),
     }
     if device == "cuda":
-        import torch
-
         out["gpu"] = torch.cuda.get_device_name()
     return out
 

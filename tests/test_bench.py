@@ -3,6 +3,7 @@
 import cProfile
 import importlib
 import json
+import re
 import subprocess
 import sys
 import time
@@ -215,6 +216,21 @@ def test_bad_input_is_refused_in_one_line_before_anything_is_played(arguments, s
         bench.main()
     assert stopped.value.code == 2
     assert said in capsys.readouterr().err
+
+
+def test_a_record_of_the_same_processor_name_with_other_instructions_is_not_taken_again(tmp_path, monkeypatch, capsys):
+    record = tmp_path / "round.json"
+    found = json.loads((performance.FOLDER / "round.json").read_text())
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    record.write_text(json.dumps(found | {"machine": bench.machine("cpu")}))
+    monkeypatch.setattr(bench, "again", lambda args: pytest.fail("same instructions"))
+    monkeypatch.setattr(sys, "argv", ["bench.py", "--again", "--out", str(record)])
+    with pytest.raises(pytest.fail.Exception, match="same instructions"):
+        bench.main()
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    with pytest.raises(SystemExit):
+        bench.main()
+    assert re.search(r"got another than cpu .* \(AVX2\)$", capsys.readouterr().err.strip())
 
 
 def test_what_misses_a_target_is_profiled_and_what_reaches_it_is_not(tmp_path):
